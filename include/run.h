@@ -1,0 +1,409 @@
+// run.h: the cache of a model with its compression: one Run a sequence, what a forward pass tells them (admit, visible,
+// token_votes, vote, compress), and how a plan is carried out. All that a model file knows of compression is here.
+//
+// A pass:   pass_prompt or pass_tokens   (which rows come)
+//           for every layer: admit … append, attend … vote        <- the forward pass of a model file
+//           compress                                              (the policy's plan, carried out)
+
+#ifndef RUN_H
+#define RUN_H
+#include <string.h>
+#include "error.h"
+#include "kernels.h"
+#include "policies.h"
+
+typedef struct Runs {
+    int n_layers, n_heads, n_kv_heads, head_dim, dim;
+    int n_seqs, ctx;             // sequences; longest sequence
+    KV *kv;
+    const Chain *chain;
+    bool slot_pos;               // --pos slot: the next token's rotary position is the length of layer 0's cache
+    const float *cos_sin;        // the model's table, for StreamingLLM's turn; back-end memory
+    Mat embed;                   // the model's token table, for Simignore
+    Run *seq;                    // (n_seqs,)
+    uint8_t **kind;              // (n_seqs)(ctx,)
+    uint8_t **visible;           // (n_seqs)(ctx,); all NULL unless a policy may hide keys
+    bool hides;                  // some policy may
+    int *text_id, n_text;        // Simignore's text set: ids (SPLIT_…), or none: the prompt's TEXT rows
+
+    // the pass under way
+    bool prompt;                 // the first rows of a sequence: policies that act once act on this pass
+    int now;                     // its sequence (a prompt)
+    Rows rows;                   // back-end memory, room for ctx rows or n_seqs, whichever is more
+    int *h_id, *h_seq, *h_pos, *h_rot, *h_row;
+    int *layer_rows;             // (n_layers,) rows that entered each layer, of each sequence
+    const float *x, *qkv, *lse;  // what the last vote() saw; x: what admit() saw
+    int layer;                   // the layer that those are of
+    float *tmp;                  // back-end scratch of (rows, dim), the model's
+    bool *row_keep;
+
+    // the plan's arrays, packed (layer, kv head, slot); grown before a plan, never while decoding
+    size_t room, plan_room;
+    int *p_pos, *p_into, *h_slot, *h_len;
+    float *p_score, *p_w, *sums;
+    bool *p_keep;
+
+    // told after a plan was made and before it is carried out (pictures, traces): what = the Run; `dropped`: a decision that fell
+    // on the device (drop_lowest), whose plan was filled in afterwards for whoever looks on
+    void (*watch)(void *ctx, const struct Runs *r, const Run *run);
+    void *watch_ctx;
+} Runs;
+
+static const Verbs run_verbs;
+
+static inline int n_heads_of(const Runs *r) { return r->n_layers * r->n_kv_heads; }
+static inline const Part *evictor(const Chain *c) {   // the part that acts on slots, or NULL
+    return c->n && c->part[c->n - 1].policy->compress ? &c->part[c->n - 1] : NULL;
+}
+
+// A policy's own memory is one block a sequence: the parts' one after the other.
+static inline size_t part_mem(const Runs *r, const Part *p, int n_prompt) {
+    const Policy *q = p->policy;
+    return pad64(q->mem + q->mem_layer * r->n_layers + q->mem_token * n_prompt);
+}
+
+static inline Runs *runs_new(const Chain *chain, int n_layers, int n_heads, int n_kv_heads, int head_dim, int dim, int n_seqs, int ctx,
+                             Type kv_type, bool slot_pos, uint64_t seed, const float *cos_sin, Mat embed) {
+    Runs *r = need(1, sizeof *r);
+    *r = (Runs){ .n_layers = n_layers, .n_heads = n_heads, .n_kv_heads = n_kv_heads, .head_dim = head_dim, .dim = dim, .n_seqs = n_seqs, .ctx = ctx,
+                 .chain = chain, .slot_pos = slot_pos, .cos_sin = cos_sin, .embed = embed };
+    r->kv = K->kv_new(n_layers, n_kv_heads, head_dim, n_seqs, kv_type);
+    int rows = ctx > n_seqs ? ctx : n_seqs;
+    r->rows = (Rows){ .id = K->alloc(rows * sizeof(int)), .seq = K->alloc(rows * sizeof(int)), .pos = K->alloc(rows * sizeof(int)), .rot = K->alloc(rows * sizeof(int)) };
+    r->h_id = need(rows, sizeof(int)); r->h_seq = need(rows, sizeof(int)); r->h_pos = need(rows, sizeof(int)); r->h_rot = need(rows, sizeof(int));
+    r->h_row = need(rows, sizeof(int)); r->row_keep = need(rows, 1); r->sums = need(rows, sizeof(float));
+    r->layer_rows = need(n_layers, sizeof(int));
+    r->h_slot = need(n_heads_of(r), sizeof(int)); r->h_len = need(n_heads_of(r), sizeof(int));
+    r->seq = need(n_seqs, sizeof *r->seq);
+    r->kind = need(n_seqs, sizeof *r->kind);
+    r->visible = need(n_seqs, sizeof *r->visible);
+    for (int i = 0; i < chain->n; i++) r->hides |= chain->part[i].policy->admit != NULL;
+    for (int s = 0; s < n_seqs; s++) {
+        r->kind[s] = need(ctx, 1);
+        if (r->hides) r->visible[s] = need(ctx, 1);
+        r->seq[s] = (Run){ .n_layers = n_layers, .n_kv_heads = n_kv_heads, .seed = seed, .kind = r->kind[s], .visible = r->visible[s],
+                           .head = need(n_heads_of(r), sizeof(Head)), .verbs = &run_verbs, .dev = r };
+    }
+    return r;
+}
+
+static inline void runs_free(Runs *r) {
+    K->kv_free(r->kv);
+    K->release(r->rows.id); K->release(r->rows.seq); K->release(r->rows.pos); K->release(r->rows.rot);
+    for (int s = 0; s < r->n_seqs; s++) { free(r->kind[s]); free(r->visible[s]); free(r->seq[s].head); free(r->seq[s].mem); }
+    void *all[] = { r->h_id, r->h_seq, r->h_pos, r->h_rot, r->h_row, r->row_keep, r->sums, r->layer_rows, r->h_slot, r->h_len, r->seq, r->kind,
+                    r->visible, r->p_pos, r->p_into, r->p_score, r->p_w, r->p_keep, r->text_id, r };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+}
+
+// Forgets a sequence: the next prompt starts it anew.
+static inline void runs_clear(Runs *r, int seq) {
+    Run *q = &r->seq[seq];
+    K->kv_clear(r->kv, seq);
+    memset(q->head, 0, n_heads_of(r) * sizeof(Head));
+    free(q->mem);
+    q->mem = NULL;
+    q->n_seen = q->n_prompt = q->step = 0;
+}
+
+// Sequence `to` goes on from where `from` is (-B: one prompt, several answers).
+static inline void runs_copy(Runs *r, int to, int from) {
+    Run *a = &r->seq[to], *b = &r->seq[from];
+    runs_clear(r, to);
+    K->kv_copy(r->kv, to, from);
+    memcpy(a->head, b->head, n_heads_of(r) * sizeof(Head));
+    memcpy(r->kind[to], r->kind[from], r->ctx);
+    size_t bytes = 0;
+    for (int i = 0; i < r->chain->n; i++) bytes += part_mem(r, &r->chain->part[i], b->n_prompt);
+    a->mem = need(bytes, 1);
+    if (b->mem) memcpy(a->mem, b->mem, bytes);
+    a->n_prompt = b->n_prompt; a->n_seen = b->n_seen; a->step = b->step;
+}
+
+static inline void rows_upload(Runs *r) {
+    size_t n = r->rows.T * sizeof(int);
+    K->put(r->rows.id, r->h_id, n); K->put(r->rows.seq, r->h_seq, n);
+    K->put(r->rows.pos, r->h_pos, n); K->put(r->rows.rot, r->h_rot, n);
+}
+
+// The rotary position of the row that enters a sequence next: its index, or the slots in layer 0's cache.
+static inline int next_rot(const Runs *r, int seq) {
+    return r->slot_pos ? r->seq[seq].head[0].len : r->seq[seq].n_seen;
+}
+
+// A pass over T rows of one sequence: ids (-1: image row) and kinds. The first one of a sequence is its prompt; later ones are a
+// chat's turns, which pass every layer and join the cache. Reserves the rows' places.
+static inline void pass_prompt(Runs *r, int seq, const int *id, const uint8_t *kind, int T) {
+    Run *q = &r->seq[seq];
+    r->prompt = q->n_seen == 0;
+    r->now = seq;
+    r->rows.T = T;
+    r->rows.B = 1;
+    int rot = next_rot(r, seq);
+    for (int t = 0; t < T; t++) {
+        r->h_id[t] = id[t]; r->h_seq[t] = seq; r->h_pos[t] = q->n_seen + t; r->h_rot[t] = rot + t;
+        r->kind[seq][q->n_seen + t] = kind[t];
+    }
+    rows_upload(r);
+    K->kv_reserve(r->kv, seq, T);
+    q->n_seen += T;
+    if (r->prompt) {
+        q->n_prompt = T;
+        size_t bytes = 0;
+        for (int i = 0; i < r->chain->n; i++) bytes += part_mem(r, &r->chain->part[i], T);
+        free(q->mem);
+        q->mem = need(bytes, 1);
+    }
+    if (r->hides) memset(r->visible[seq], 1, q->n_seen);
+    for (int l = 0; l < r->n_layers; l++) r->layer_rows[l] = T;
+}
+
+// A decode step: one token for each of the first B sequences. There must be room (compress reserves it).
+static inline void pass_tokens(Runs *r, const int *id, int B) {
+    r->prompt = false;
+    r->rows.T = r->rows.B = B;
+    for (int s = 0; s < B; s++) {
+        Run *q = &r->seq[s];
+        r->h_id[s] = id[s]; r->h_seq[s] = s; r->h_pos[s] = q->n_seen; r->h_rot[s] = next_rot(r, s);
+        r->kind[s][q->n_seen++] = ANSWER;
+        if (r->hides) memset(r->visible[s], 1, q->n_seen);
+        if (r->chain->flags & DECODE_SCORES) K->kv_scores_clear(r->kv, s);
+    }
+    rows_upload(r);
+    for (int l = 0; l < r->n_layers; l++) r->layer_rows[l] = 1;
+}
+
+// ----------------------------------------------------------------------------
+// what a forward pass calls
+
+// The policy's turn for one part: its ratio, options and memory.
+static inline void take_part(Runs *r, Run *q, int i) {
+    const Chain *c = r->chain;
+    size_t at = 0;
+    for (int j = 0; j < i; j++) at += part_mem(r, &c->part[j], q->n_prompt);
+    q->ratio = c->part[i].ratio;
+    q->opts = &c->part[i];
+    q->mem = (char *)q->mem + at;      // taken back by leave_part
+}
+static inline void leave_part(Runs *r, Run *q, int i) {
+    for (int j = 0; j < i; j++) q->mem = (char *)q->mem - part_mem(r, &r->chain->part[j], q->n_prompt);
+}
+
+// Before a layer reads x: policies may send fewer rows on (a prompt) or hide keys.
+static inline void admit(Runs *r, int layer, float *x) {
+    if (!r->hides || !(r->prompt || r->chain->flags & DECODE_ADMIT)) return;
+    r->x = x;
+    for (int b = 0; b < r->rows.B; b++) {
+        int s = r->prompt ? r->now : r->h_seq[b], T = r->prompt ? r->rows.T : 1;
+        Run *q = &r->seq[s];
+        const int *pos = r->prompt ? r->h_pos : r->h_pos + b;
+        memset(r->row_keep, 1, T);
+        q->n_rows = T; q->row = pos; q->row_keep = r->row_keep;
+        for (int i = 0; i < r->chain->n; i++) {
+            if (!r->chain->part[i].policy->admit) continue;
+            take_part(r, q, i);
+            r->chain->part[i].policy->admit(q, layer);
+            leave_part(r, q, i);
+        }
+        if (!r->prompt) continue;
+        int n = 0;
+        for (int t = 0; t < T; t++) {
+            if (!r->row_keep[t] && t < T - 1) continue;      // the last row's logits are what the pass is for
+            r->h_row[n] = t;
+            r->h_id[n] = r->h_id[t]; r->h_seq[n] = s; r->h_pos[n] = r->h_pos[t]; r->h_rot[n] = r->h_rot[t];
+            n++;
+        }
+        if (n == T) continue;
+        K->rows_copy(r->tmp, x, r->h_row, n, r->dim);
+        K->rows_copy(x, r->tmp, NULL, n, r->dim);
+        r->rows.T = n;
+        rows_upload(r);
+        for (int l = layer; l < r->n_layers; l++) r->layer_rows[l] = n;
+    }
+}
+
+static inline const uint8_t *const *visible(const Runs *r) {
+    return r->hides && (r->prompt || r->chain->flags & DECODE_ADMIT) ? (const uint8_t *const *)r->visible : NULL;
+}
+
+static inline bool token_votes(const Runs *r) { return r->rows.T == r->rows.B && !r->prompt && r->chain->flags & DECODE_VOTES; }
+
+// After a layer's attention: the last voters(l) queries of a prompt add to the scores.
+static inline void vote(Runs *r, int layer, const float *qkv, const float *lse) {
+    r->layer = layer;
+    r->qkv = qkv;
+    r->lse = lse;
+    const Part *e = evictor(r->chain);
+    if (!r->prompt || !e || !e->policy->voters) return;
+    Run *q = &r->seq[r->now];
+    int i = r->chain->n - 1;
+    q->n_rows = r->rows.T;
+    take_part(r, q, i);
+    int n = e->policy->voters(q, layer);
+    leave_part(r, q, i);
+    if (n > r->rows.T) n = r->rows.T;
+    if (n > 0) K->kv_vote(r->kv, layer, qkv, lse, &r->rows, r->n_heads, visible(r), n);
+}
+
+// ----------------------------------------------------------------------------
+// after a pass: the plan, and carrying it out
+
+static inline void plan_grow(Runs *r, size_t n) {
+    if (n <= r->plan_room) return;
+    free(r->p_pos); free(r->p_score); free(r->p_keep); free(r->p_into); free(r->p_w);
+    r->plan_room = n;
+    r->p_pos = need(n, sizeof(int)); r->p_score = need(n, sizeof(float)); r->p_keep = need(n, 1);
+    r->p_into = need(n, sizeof(int)); r->p_w = need(n, sizeof(float));
+}
+
+// Lays the plan's arrays out under the heads of a sequence and returns how many slots there are.
+static inline size_t plan_begin(Runs *r, Run *q, bool merges, bool scores) {
+    size_t n = 0, at = 0;
+    for (int i = 0; i < n_heads_of(r); i++) n += q->head[i].len;
+    plan_grow(r, n);
+    memset(r->p_keep, 1, n);
+    if (merges) for (size_t i = 0; i < n; i++) { r->p_into[i] = -1; r->p_w[i] = 1; }
+    if (scores) K->kv_read(r->kv, (int)(q - r->seq), r->p_pos, NULL, r->p_score, NULL, NULL);
+    for (int i = 0; i < n_heads_of(r); i++) {
+        Head *h = &q->head[i];
+        h->pos = scores ? r->p_pos + at : NULL;
+        h->score = scores ? r->p_score + at : NULL;
+        h->keep = r->p_keep + at;
+        h->into = merges ? r->p_into + at : NULL;
+        h->w = merges ? r->p_w + at : NULL;
+        at += h->len;
+    }
+    return n;
+}
+
+// Merges, drops, turns; updates the lengths. Returns whether any slot left.
+static inline bool plan_carry_out(Runs *r, Run *q, size_t n, bool merges) {
+    int seq = (int)(q - r->seq), most = 0;
+    bool merge = false;
+    for (int i = 0; i < n_heads_of(r); i++) {
+        Head *h = &q->head[i];
+        int gone = 0;
+        r->h_slot[i] = -1;
+        for (const bool *p = h->keep; (p = memchr(p, 0, h->keep + h->len - p)); p++) { gone++; r->h_slot[i] = (int)(p - h->keep); }
+        if (gone > most) most = gone;
+    }
+    if (merges) for (size_t i = 0; i < n && !merge; i++) merge = r->p_into[i] >= 0;
+    const float *turn = q->renumber && r->slot_pos ? r->cos_sin : NULL;
+    if (!most && !merge && !turn) return false;
+    if (most <= 1 && !merge && !turn && q->step) K->kv_drop(r->kv, seq, r->h_slot);      // a hole a head; nothing moves
+    else K->kv_apply(r->kv, seq, r->p_keep, merge ? r->p_into : NULL, merge ? r->p_w : NULL, q->merge_self, turn);
+    for (int i = 0; i < n_heads_of(r); i++) {
+        Head *h = &q->head[i];
+        int len = 0;
+        for (int j = 0; j < h->len; j++) len += h->keep[j];
+        h->len = len;
+    }
+    return most > 0;
+}
+
+// After every pass. `room`: how many more slots each head must be able to take (the tokens to come); the cache moves into an
+// allocation of just that size when the prompt has been compressed. Invalidates every pointer into the cache's memory.
+static inline void compress(Runs *r, int room) {
+    const Part *e = evictor(r->chain);
+    for (int b = 0; b < r->rows.B; b++) {
+        int s = r->prompt || r->rows.B == 1 ? r->h_seq[0] : r->h_seq[b];
+        Run *q = &r->seq[s];
+        for (int l = 0; l < r->n_layers; l++)
+            for (int h = 0; h < r->n_kv_heads; h++) {
+                Head *c = &q->head[l * r->n_kv_heads + h];
+                c->len += r->layer_rows[l];
+                c->seen += r->layer_rows[l];
+            }
+        bool first = r->prompt;
+        if (!first) q->step += r->layer_rows[0];
+        q->merge_self = 0;
+        q->renumber = false;
+        if (e && (first || r->chain->flags & EVERY_TOKEN)) {
+            size_t n = plan_begin(r, q, first, first || r->chain->flags & DECODE_SCORES || r->watch);
+            take_part(r, q, r->chain->n - 1);
+            e->policy->compress(q);
+            leave_part(r, q, r->chain->n - 1);
+            if (r->watch) r->watch(r->watch_ctx, r, q);
+            plan_carry_out(r, q, n, first);
+        } else if (first && r->watch) {
+            plan_begin(r, q, true, true);
+            r->watch(r->watch_ctx, r, q);
+        }
+        if (r->rows.T > 1 || first || room > 1) K->kv_reserve(r->kv, s, room);
+    }
+}
+
+// ----------------------------------------------------------------------------
+// the verbs on a back-end
+
+static void run_votes(Run *q, int layer, int n, float *out) {
+    Runs *r = q->dev;
+    if (r->layer != layer) die(NULL, "votes: layer %d was asked for, layer %d has just run", layer, r->layer);
+    int seq = (int)(q - r->seq), T = r->layer_rows[layer];
+    memset(out, 0, q->n_seen * sizeof *out);
+    const Head *c = &q->head[layer * r->n_kv_heads];
+    int len = c->len + T;                                    // this pass's rows were appended but not counted yet
+    Rows one = r->rows;                                      // this sequence's rows of the pass
+    int stride = r->n_heads, width = (r->n_heads + 2 * r->n_kv_heads) * r->head_dim, at = 0;
+    if (!r->prompt) {
+        while (r->h_seq[at] != seq) at++;
+        one = (Rows){ .T = 1, .B = 1, .id = one.id + at, .seq = one.seq + at, .pos = one.pos + at, .rot = one.rot + at };
+    }
+    K->kv_column_sums(r->sums, r->kv, layer, r->qkv + (size_t)at * width, r->lse + (size_t)at * stride, &one, r->n_heads, visible(r), n < T ? n : T);
+    if (r->prompt && r->layer_rows[layer] == q->n_seen) { memcpy(out, r->sums, len * sizeof *out); return; }
+    int *pos = need(len, sizeof *pos);                       // rows left before: slots and token indices differ
+    size_t packed = 0, before = 0;
+    for (int i = 0; i < n_heads_of(r); i++) {
+        if (i < layer * r->n_kv_heads) before += q->head[i].len + r->layer_rows[i / r->n_kv_heads];
+        packed += q->head[i].len + r->layer_rows[i / r->n_kv_heads];
+    }
+    K->kv_lens(r->kv, seq, r->h_len);
+    packed = before = 0;
+    for (int i = 0; i < n_heads_of(r); i++) { if (i < layer * r->n_kv_heads) before += r->h_len[i]; packed += r->h_len[i]; }
+    int *all = need(packed, sizeof *all);
+    K->kv_read(r->kv, seq, all, NULL, NULL, NULL, NULL);
+    for (int j = 0; j < len; j++) out[all[before + j]] = r->sums[j];
+    free(all);
+    free(pos);
+}
+
+static void run_text_cosine(Run *q, float *out) {
+    Runs *r = q->dev;
+    int T = r->rows.T, n_image = 0, n_text = 0;
+    int *image = need(T, sizeof *image), *text = need(T + r->n_text, sizeof *text);
+    for (int t = 0; t < T; t++) {
+        if (q->kind[r->h_pos[t]] == IMAGE) image[n_image++] = t;
+        if (q->kind[r->h_pos[t]] == TEXT && !r->n_text) text[n_text++] = t;
+    }
+    if (r->n_text) n_text = r->n_text;
+    float *a = K->alloc((size_t)n_image * r->dim * sizeof *a), *b = K->alloc((size_t)n_text * r->dim * sizeof *b);
+    K->rows_copy(a, r->x, image, n_image, r->dim);
+    if (r->n_text) {
+        int *id = K->alloc(n_text * sizeof *id);
+        K->put(id, r->text_id, n_text * sizeof *id);
+        K->embed(b, r->embed, id, n_text);
+        K->release(id);
+    } else K->rows_copy(b, r->x, text, n_text, r->dim);
+    K->cosine(out, a, n_image, b, n_text, r->dim);
+    K->release(a);
+    K->release(b);
+    free(image);
+    free(text);
+}
+
+static void run_nearest_key(Run *q, int layer) {
+    Runs *r = q->dev;
+    Head *c = &q->head[layer * r->n_kv_heads];
+    K->kv_nearest(c->into, c->w, r->kv, (int)(q - r->seq), layer, c->keep);
+}
+
+static void run_drop_lowest(Run *q, int lo, int from_end) {
+    Runs *r = q->dev;
+    K->kv_drop_lowest(r->kv, (int)(q - r->seq), lo, from_end);
+    for (int i = 0; i < n_heads_of(r); i++)
+        if (q->head[i].len - from_end > lo) q->head[i].len--;
+}
+
+static const Verbs run_verbs = { run_votes, run_text_cosine, run_nearest_key, run_drop_lowest };
+
+#endif
