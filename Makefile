@@ -1,30 +1,86 @@
-# vlm.c: `make help` says what there is. Needs a C compiler with OpenMP, make, and stb_image.h (Debian: libstb-dev).
+# vlm.c: `make help` says what there is.
+# `make` needs a C compiler with OpenMP, make and stb_image.h (Debian: libstb-dev, or any copy by STB_DIR=) and installs nothing.
 
-CC     ?= cc
-CFLAGS ?= -O3 -march=native
-WARN   := -std=gnu11 -Wall -Wextra
-STRICT := -ffp-contract=off
-STB_DIR ?= $(firstword $(wildcard /usr/include/stb /usr/local/include/stb /opt/homebrew/include/stb /opt/homebrew/include))
-ALL    := $(WARN) $(CFLAGS) -fopenmp -Iinclude -I$(or $(STB_DIR),/usr/include/stb)
+CC      ?= cc
+CXX     ?= g++
+CFLAGS  ?= -O3 -march=native
+BUILD   ?= build
+DEPS    ?= 1
+STB_DIR ?= $(or $(patsubst %/stb_image.h,%,$(firstword $(wildcard $(addsuffix /stb_image.h,/usr/include/stb /usr/local/include/stb /usr/include /usr/local/include)))),/usr/include/stb)
+NVCC    ?= $(shell command -v nvcc 2>/dev/null)
+CUDA    ?= $(if $(NVCC),1,0)
+ARCH    ?= sm_80
+
+C       := $(CC) -std=gnu11 -D_GNU_SOURCE -Wall -Wextra $(CFLAGS) -fopenmp -Iinclude -I$(STB_DIR)
+STRICT  := -ffp-contract=off
+# budgets are counted in doubles: contraction would miscount them; the kernels alone may fuse
 HEADERS := $(wildcard include/*.h tests/*.h)
-OBJ    := build/kernels.o build/policies.o build/tokenizer.o
-TESTS  := $(patsubst tests/%.c,build/%,$(wildcard tests/test_*.c))
+OBJ     := $(addprefix $(BUILD)/,kernels.o policies.o tokenizer.o)
+TESTS   := $(patsubst tests/%.c,$(BUILD)/%,$(wildcard tests/test_*.c))
+GOLDEN  ?= $(wildcard ../shared/golden/*.gold)
+PYTHON  ?= python3
 
-all: llava
+ifeq ($(CUDA),1)
+OBJ     += $(BUILD)/kernels_cuda.o
+C       += -DHAVE_CUDA
+CUDALIB := -L$(or $(CUDA_HOME),/usr/local/cuda)/lib64 -lcudart -lstdc++
+endif
 
-llava: build/llava.o $(OBJ)
-	$(CC) $(ALL) -o $@ $^ -lm
+all: llava                                  ## ./llava (CUDA=0|1 forces the CUDA back-end off or on)
 
-build/kernels.o: kernels.c $(HEADERS) | build
-	$(CC) $(ALL) -c -o $@ $<
-build/%.o: %.c $(HEADERS) | build
-	$(CC) $(ALL) $(STRICT) -c -o $@ $<
+llava: $(BUILD)/llava
+	cp $< $@
+$(BUILD)/llava: $(BUILD)/llava.o $(OBJ)
+	$(C) -o $@ $^ $(CUDALIB) -lm
 
-build/test_%: tests/test_%.c $(OBJ) $(HEADERS) llava.c | build
-	$(CC) $(ALL) $(STRICT) -o $@ $< $(OBJ) -lm
-build:
-	mkdir -p build
+$(BUILD)/kernels.o: kernels.c $(HEADERS) Makefile | $(BUILD)
+	$(C) -c -o $@ $<
+$(BUILD)/kernels_cuda.o: kernels.cu $(HEADERS) Makefile | $(BUILD)
+	$(NVCC) -O3 -Iinclude -arch=$(ARCH) -DHAVE_CUDA -c -o $@ $<
+$(BUILD)/%.o: %.c $(HEADERS) Makefile | $(BUILD)
+	$(C) $(STRICT) -c -o $@ $<
+$(BUILD)/%: tests/%.c $(OBJ) $(HEADERS) llava.c Makefile
+	$(C) $(STRICT) -o $@ $< $(OBJ) $(CUDALIB) -lm
+$(BUILD):
+	mkdir -p $@
 
-clean:
-	rm -rf build llava
-.PHONY: all clean
+demo:                                       ## build, then describe a picture with the small model that ships
+	@sh tests/deps.sh demo $(DEPS)
+	@$(MAKE) --no-print-directory llava
+	./llava models/scenes-llava.bin models/scenes/1000.png
+
+test:                                       ## build and run every test: no downloads, no GPU, under 3 minutes
+	@sh tests/deps.sh test $(DEPS)
+	@$(MAKE) --no-print-directory llava $(TESTS) $(BUILD)/replay
+	@BUILD=$(BUILD) sh tests/run.sh
+
+replay: $(BUILD)/replay                     ## replay golden files: tests/replay FILE…
+	cp $< tests/replay
+golden: replay
+	tests/replay $(GOLDEN)
+
+bench: $(BUILD)/bench $(BUILD)/bench_policies ## speed of this machine's roofs, kernels and policies
+	$(BUILD)/bench
+	$(BUILD)/bench_policies
+
+parity: llava                               ## against Hugging Face, sentencepiece and Pillow (installs PyTorch into .venv)
+	@sh tests/deps.sh parity $(DEPS)
+	@BUILD=$(BUILD) sh tests/run.sh parity
+
+long: llava $(TESTS)                        ## what takes too long for CI: fuzzing, long random runs
+	@BUILD=$(BUILD) sh tests/run.sh long
+
+debug:                                      ## every test under AddressSanitizer and UBSan, in build/debug
+	@$(MAKE) --no-print-directory test BUILD=$(BUILD)/debug CUDA=0 DEPS=0 \
+	    CFLAGS="-O1 -g -march=native -fsanitize=address,undefined,bounds -fno-sanitize-recover=all -fno-omit-frame-pointer"
+
+deps:                                       ## install what building and testing need (apt; sudo where not root)
+	@sh tests/deps.sh test 1
+
+help:                                       ## this text
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 10
+
+clean:                                      ## remove what was built
+	rm -rf build llava tests/replay
+
+.PHONY: all demo test replay golden bench parity long debug deps help clean

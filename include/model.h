@@ -213,4 +213,62 @@ static inline void model_info(const ModelFile *f, FILE *out) {
     fprintf(out, "\n%u tensors, %.0f parameters\n", h->n_tensors, params);
 }
 
+// ----------------------------------------------------------------------------
+// Arch: what a model file (llava.c, qwenvl.c) offers to the programs that run it
+
+typedef struct Tokenizer Tokenizer;
+typedef struct Runs Runs;
+typedef struct Model Model;      // each model file's own
+
+enum { VICUNA_V1, LLAVA_V1, HF, CHATML, PLAIN, MILEBENCH, RAW, N_TEMPLATES };
+static const char *const template_names[N_TEMPLATES] = { "vicuna_v1", "llava_v1", "hf", "chatml", "plain", "milebench", "raw" };
+
+typedef struct {                 // what the generate loop needs to know
+    int dim, n_layers, n_heads, n_kv_heads, head_dim;
+    int vocab_size, n_pieces;    // rows of the head; ids from n_pieces on are never generated
+    int max_positions;
+    int bos_id, n_stop, stop_id[4];
+    int image_id, image_rows;    // what --tokens prints for an image row; rows a picture
+    int template, image_mode;    // the model file's defaults
+    Tokenizer *tok;
+    Mat tok_emb;                 // (vocab_size, dim)
+    const float *cos_sin;        // rotary table, back-end memory; valid after room()
+} Info;
+
+typedef struct {                 // the rows of one turn, as they enter the decoder
+    int n, cap;
+    int *id;                     // (n,) token id; -1: an image row
+    uint8_t *kind;               // (n,) TEMPLATE, TEXT, IMAGE (policies.h)
+    int n_images, *image_at;     // first row of each picture
+    int n_text, *text_id;        // Simignore's text set, where the prompt was cut for it
+} Prompt;
+
+typedef struct {                 // what a turn is made of
+    int template;
+    const char *system;          // NULL: the template's
+    const char *text;            // what the user says, len bytes; <image> stands where a picture goes
+    size_t len;
+    int n_images;                // pictures of this turn
+    bool first;                  // the sequence starts here
+    int last_id;                 // later turns: the last token of the answer, which was not fed yet; -1: none
+    int split;                   // policies.h: SPLIT_7B, SPLIT_13B or 0
+} Turn;
+
+typedef struct {
+    const char *name;            // as the model file says it
+    Model *(*open)(const ModelFile *f);
+    void (*close)(Model *m);
+    const Info *(*info)(const Model *m);
+    // Room for passes of up to `rows` rows, `want` of which give logits, and for `positions` rotary positions. Invalidates cos_sin.
+    void (*room)(Model *m, int rows, int want, int positions);
+    void (*prompt)(const Model *m, Prompt *p, const Turn *turn);          // p: zero, or freed arrays of an earlier turn
+    // Reads a picture and runs the vision side; its rows wait in the model for forward(). mode: image.h's. Times in milliseconds.
+    void (*see)(Model *m, const char *path, int mode, double *image_ms, double *vision_ms);
+    // The pass that pass_prompt (p: its prompt) or pass_tokens (p NULL) of run.h began: all layers, then logits of the rows
+    // h_want (indices among the rows that leave the last layer; NULL: the last n_want of them). h_logits: (n_want, vocab_size).
+    void (*forward)(Model *m, Runs *r, const Prompt *p, const int *h_want, int n_want, float *h_logits);
+} Arch;
+
+extern const Arch llava, qwenvl;
+
 #endif

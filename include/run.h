@@ -158,13 +158,14 @@ static inline void pass_prompt(Runs *r, int seq, const int *id, const uint8_t *k
     for (int l = 0; l < r->n_layers; l++) r->layer_rows[l] = T;
 }
 
-// A decode step: one token for each of the first B sequences. There must be room (compress reserves it).
-static inline void pass_tokens(Runs *r, const int *id, int B) {
+// A decode step: one token for each of B sequences, which ones in seq (NULL: the first B). There must be room (compress reserves it).
+static inline void pass_tokens(Runs *r, const int *seq, const int *id, int B) {
     r->prompt = false;
     r->rows.T = r->rows.B = B;
-    for (int s = 0; s < B; s++) {
+    for (int b = 0; b < B; b++) {
+        int s = seq ? seq[b] : b;
         Run *q = &r->seq[s];
-        r->h_id[s] = id[s]; r->h_seq[s] = s; r->h_pos[s] = q->n_seen; r->h_rot[s] = next_rot(r, s);
+        r->h_id[b] = id[b]; r->h_seq[b] = s; r->h_pos[b] = q->n_seen; r->h_rot[b] = next_rot(r, s);
         r->kind[s][q->n_seen++] = ANSWER;
         if (r->hides) memset(r->visible[s], 1, q->n_seen);
         if (r->chain->flags & DECODE_SCORES) K->kv_scores_clear(r->kv, s);
@@ -301,7 +302,8 @@ static inline bool plan_carry_out(Runs *r, Run *q, size_t n, bool merges) {
     return most > 0;
 }
 
-// After every pass. `room`: how many more slots each head must be able to take (the tokens to come); the cache moves into an
+// After every pass. `room`: how many more slots each head must be able to take (the tokens to come; -1: leave the allocation, as
+// while decoding); the cache moves into an
 // allocation of just that size when the prompt has been compressed. Invalidates every pointer into the cache's memory.
 static inline void compress(Runs *r, int room) {
     const Part *e = evictor(r->chain);
@@ -329,7 +331,7 @@ static inline void compress(Runs *r, int room) {
             plan_begin(r, q, true, true);
             r->watch(r->watch_ctx, r, q);
         }
-        if (r->rows.T > 1 || first || room > 1) K->kv_reserve(r->kv, s, room);
+        if (room >= 0) K->kv_reserve(r->kv, s, room);
     }
 }
 

@@ -1,0 +1,39 @@
+#!/bin/sh
+# run.sh [test|parity|long]: runs a list of test programs and adds their "N passed, M failed" lines up. A program that ends without
+# such a line, or whose status does not agree with it, counts as one failure.
+list=${1:-test} build=${BUILD:-build} python=.venv/bin/python
+passed=0 failed=0
+out=$(mktemp)
+trap 'rm -f "$out"' EXIT
+
+run() {
+    echo "== $*"
+    start=$(date +%s)
+    "$@" >"$out" 2>&1
+    status=$?
+    line=$(grep -E '^[0-9]+ passed, [0-9]+ failed$' "$out" | tail -n 1)
+    p=${line%% passed*} f=${line#*, } f=${f%% failed*}
+    if [ -z "$line" ]; then p=0 f=1; echo "no result line, status $status:"; tail -n 30 "$out"
+    elif [ "$status" != 0 ] && [ "$f" = 0 ]; then f=1; echo "status $status:"; tail -n 30 "$out"
+    elif [ "$f" != 0 ]; then grep -v '^PASSED' "$out" | tail -n 40; fi
+    echo "   $p passed, $f failed ($(( $(date +%s) - start )) s)"
+    passed=$((passed + p)) failed=$((failed + f))
+}
+
+model=models/scenes-llava.bin
+case $list in
+test)
+    for t in "$build"/test_*; do [ -x "$t" ] && [ -f "tests/$(basename "$t").c" ] && run "$t"; done
+    run "$build/replay" tests/*.gold
+    run "$python" tests/test_export.py
+    run "$python" tests/test_cli.py "$build/llava" $model
+    ;;
+parity)
+    real=; [ -f ../shared/data/tokenizers/llama-tokenizer.model ] && real=../shared/data/tokenizers/llama-tokenizer.model
+    run "$python" tests/tokenizer_parity.py $model $real
+    run "$python" tests/image_parity.py
+    run "$python" tests/parity.py
+    ;;
+esac
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ] && [ "$passed" != 0 ]
