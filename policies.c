@@ -403,7 +403,7 @@ static void snapkv(Run *r) {
         Head *c = &r->head[i];
         int M = paper ? snapkv_window(r, c->len) : part(r, c, "recent");
         int N = paper && !given(r, "important") ? max(0, c->len - over_budget(c->len, c->len, r->ratio) - M) : part(r, c, "important");
-        if (c->len <= N + M) continue;
+        if (c->len < N + M) continue;
         pool(c->score, c->len - M, opt(r, "pool"));
         keep_top(c->keep, c->score, 0, c->len - M, N);
     }
@@ -812,8 +812,8 @@ static void simignore_released(Run *r, int layer) {
     } else if (layer == (int)opt(r, "k")) {
         bool *among = need(r->n_seen, sizeof *among);
         int n = fastv_window(r, among, 1);
-        memset(r->visible, 1, r->n_seen);
         if (n) fastv_prune(r, layer, among, given(r, "keep") ? (int)opt(r, "keep") : (int)rint(n * 0.25));
+        memset(r->visible, 1, r->n_seen);        // after the votes: layer k-1 did not see the ignored ones
         free(among);
     }
 }
@@ -1028,7 +1028,9 @@ Chain policy_parse(const char *spec, double ratio, int n_layers) {
     snprintf(chain.name, sizeof chain.name, "%s", spec);
     char *copy = need(strlen(spec) + 1, 1), *one = strcpy(copy, spec);
     for (char *next = one; next; one = next) {
-        if ((next = strchr(one, '+'))) *next++ = 0;
+        next = strchr(one, '+');
+        while (next && !isalpha((unsigned char)next[1])) next = strchr(next + 1, '+');     // not the + of a number
+        if (next) *next++ = 0;
         bool on;
         Part part = parse_part(one, ratio, n_layers, &on);
         alone |= part.policy->flags & (RELEASED | RECOMPUTE);

@@ -160,11 +160,14 @@ def open_safetensors(path):
             header = json.loads(f.read(start - 8))
             header.pop("__metadata__", None)
             entries = [(name, e["dtype"], e["shape"], *e["data_offsets"]) for name, e in header.items()]
+            for name, dtype, shape, begin, end in entries:
+                if not isinstance(dtype, str) or not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+                    raise ValueError(f"the entry of {name}")
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ExportError(f"{path}: not a safetensors header: {e}", BROKEN)
     tensors = {}
     for name, dtype, shape, begin, end in entries:
-        if not 0 <= begin <= end or dtype in SIZES and end - begin != math.prod(shape) * SIZES[dtype]:
+        if end < begin or dtype in SIZES and end - begin != math.prod(shape) * SIZES[dtype]:
             raise ExportError(f"{path}: {name}: {end - begin} bytes do not fit {dtype} {shape}", BROKEN)
         if start + end > size:
             raise ExportError(f"{path}: {name} lies past the end of the file ({size} bytes)", BROKEN)
@@ -277,15 +280,13 @@ def layout(arch, fields, tokenizer, tensors):
     return (head + directory).ljust(tok_offset, b"\0") + tokenizer.ljust(first - tok_offset, b"\0"), end
 
 
-def write(path, arch, fields, tokenizer, tensors, force=False):
+def write(path, arch, fields, tokenizer, tensors):
     """A model file. fields: {name: int or float}; tokenizer: a section's bytes; tensors: [Tensor]. Returns the file's length.
 
-    It is written under another name and renamed at the end: a file called `path` is a whole one.
+    It is written under another name and renamed at the end: a file called `path` is a whole one, the old or the new.
     """
     head, size = layout(arch, fields, tokenizer, tensors)
     folder = os.path.dirname(path) or "."
-    if os.path.exists(path) and not force:
-        raise ExportError(f"{path}: exists already", "give another name, or --force to replace it")
     if os.path.isdir(path) or not os.path.isdir(folder):
         raise ExportError(f"{path}: {'is a folder' if os.path.isdir(path) else 'its folder does not exist'}", "give the path of the file to write: llava.bin")
     free = shutil.disk_usage(folder).free

@@ -20,7 +20,7 @@ import sys
 import numpy as np
 
 import flat
-from flat import BF16, F16, F32, Q8_0, ExportError, Tensor, read_json
+from flat import F16, F32, Q8_0, ExportError, Tensor, read_json
 
 TEMPLATES = ["vicuna_v1", "llava_v1", "hf", "chatml", "plain", "milebench", "raw"]     # llava.c's numbers
 IMAGE_MODES = ["crop", "pad"]
@@ -29,14 +29,14 @@ IMAGE_MODES = ["crop", "pad"]
 # ----------------------------------------------------------------------------
 # the config: a checkpoint's config.json into the fields of the model file
 
-LLAMA = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,      # what a sparse config
-         "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "vocab_size": 32000,        # leaves out: the defaults
-         "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,   # of LlamaConfig and
-         "sliding_window": None, "rope_scaling": None}                                                             # CLIPVisionConfig
+# What a sparse config leaves out: the defaults of transformers' LlamaConfig and CLIPVisionConfig.
+LLAMA = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000,
+         "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 2}
 CLIP = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "image_size": 224, "patch_size": 32, "num_channels": 3, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-CLIP_L_336 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,  # where no vision config
-              "image_size": 336, "patch_size": 14}                                                                 # is given at all
+        "image_size": 224, "patch_size": 32, "layer_norm_eps": 1e-5}
+# Where a checkpoint has no vision config at all: its tower is the one that LLaVA-1.5 was trained with.
+CLIP_L_336 = {**CLIP, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+              "image_size": 336, "patch_size": 14}
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
@@ -50,7 +50,10 @@ class Config:
         return self.values.get(key, self.defaults.get(key, default))
 
     def sub(self, key, defaults):
-        return Config(f"{self.where}: {key}", self.values.get(key) or {}, defaults)
+        values = self.values.get(key) or {}
+        if not isinstance(values, dict):
+            raise ExportError(f"{self.where}: {key} is {values!r}, expected an object", flat.BROKEN)
+        return Config(f"{self.where}: {key}", values, defaults)
 
     def whole(self, key, default=None):
         v = self.get(key, default)
@@ -135,16 +138,19 @@ def image_fields(folders, image_size):
     c.allow("resample", 3)                                          # Pillow's number for bicubic
     for step in ("do_resize", "do_rescale", "do_normalize"):
         c.allow(step, True)
-    if abs(c.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
-        raise ExportError(f"{c.where}: rescale_factor is {c.get('rescale_factor')}, supported: 1/255")
+    c.allow("rescale_factor", 1 / 255, 0.00392156862745098)
     for key in ("crop_size", "size"):
         size = c.get(key)
         for side in size.values() if isinstance(size, dict) else [size]:
             if side not in (None, image_size):
                 raise ExportError(f"{c.where}: {key} is {size}, but the vision tower takes images of {image_size}", "the folder mixes files of two checkpoints: download it again")
-    mean, std = c.get("image_mean", CLIP_MEAN), c.get("image_std", CLIP_STD)
-    if len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
-        raise ExportError(f"{c.where}: image_mean {mean} and image_std {std}: expected three numbers each")
+    mean, std = c.get("image_mean") or CLIP_MEAN, c.get("image_std") or CLIP_STD
+    try:
+        ok = len(mean) == len(std) == 3 and all(-1 <= m <= 2 and 0 < s <= 2 for m, s in zip(mean, std))     # of colours from 0 to 1
+    except TypeError:
+        ok = False
+    if not ok:
+        raise ExportError(f"{c.where}: image_mean {mean} and image_std {std}: expected three numbers each, for colours from 0 to 1")
     crops = c.get("do_center_crop", True) and not c.get("do_pad", False)
     return {"image_mode": IMAGE_MODES.index("crop" if crops else "pad"),
             **{f"image_mean_{i}": float(m) for i, m in enumerate(mean)}, **{f"image_std_{i}": float(s) for i, s in enumerate(std)}}
@@ -158,11 +164,8 @@ def llava_hf(folder, config):
     c.allow("multimodal_projector_bias", True)
     c.allow("vision_feature_select_strategy", "default")
     text = c.sub("text_config", LLAMA)
-    text.allow("model_type", "llama", "mistral")                    # a Mistral without its window is a Llama
-    if "vision_config" in config:
-        vision = c.sub("vision_config", CLIP)
-    else:
-        vision = Config(c.where, {}, {**CLIP, **CLIP_L_336})
+    text.allow("model_type", "llama")
+    vision = c.sub("vision_config", CLIP if config.get("vision_config") else CLIP_L_336)
     fields = decoder_fields(text)
     fields.update(vision_fields(vision, c.get("vision_feature_layer", -2), f"{c.where}: vision_feature_layer"))
     fields["image_id"] = c.whole("image_token_index", c.get("image_token_id", 32000))
@@ -174,13 +177,14 @@ def llava_hf(folder, config):
 def llava_original(folder, config, clip):
     """Fields of a folder in the layout of LLaVA's authors; clip: the folder of its vision tower, None where that is inside."""
     c = Config(os.path.join(folder, "config.json"), config, LLAMA)
+    c.allow("model_type", "llava", "llava_llama")
     c.allow("mm_projector_type", "mlp2x_gelu", default="linear")    # "linear" is LLaVA 1.0, and what a missing field means
     c.allow("mm_vision_select_feature", "patch")
     c.allow("mm_use_im_start_end", False)
     c.allow("mm_patch_merge_type", "flat")
     aspect = c.allow("image_aspect_ratio", "pad", "square")
     fields = decoder_fields(c)
-    vision = Config(c.where, {}, {**CLIP, **CLIP_L_336})
+    vision = Config(c.where, {}, CLIP_L_336)
     if clip and os.path.exists(os.path.join(clip, "config.json")):
         path = os.path.join(clip, "config.json")
         values = read_json(path)
@@ -334,14 +338,17 @@ def read_tokenizer(folder, original):
     pieces = sentencepiece_model(model) if os.path.exists(model) else None
     if os.path.exists(fast) and not (original and pieces):
         j = read_json(fast)
-        if not pieces:
-            pieces = tokenizer_json(j, fast)
-        elif any(j.get("model", {}).get("vocab", {}).get(text.decode(errors="replace")) != i for i, (text, _, _) in enumerate(pieces)):
-            raise ExportError(f"{fast}: its pieces are not those of {model}", "remove the one that does not belong to the checkpoint")
-        if not original:
-            prefix = space_after_special(j)
-            if prefix is None:
-                raise ExportError(f"{fast}: an unknown way to treat spaces", "./llava has Llama's tokenizer; remove this file to go by tokenizer.model")
+        try:
+            if not pieces:
+                pieces = tokenizer_json(j, fast)
+            elif any(j["model"]["vocab"].get(text.decode(errors="replace")) != i for i, (text, _, _) in enumerate(pieces)):
+                raise ExportError(f"{fast}: its pieces are not those of {model}", "remove the one that does not belong to the checkpoint")
+            after_special = space_after_special(j)
+        except (KeyError, TypeError, AttributeError, ValueError) as e:
+            raise ExportError(f"{fast}: not a tokenizer of the usual form: {type(e).__name__} {e}", flat.BROKEN)
+        if not original and after_special is None:
+            raise ExportError(f"{fast}: an unknown way to treat spaces", "./llava has Llama's tokenizer; remove this file to go by tokenizer.model")
+        prefix = prefix if original else after_special
     check_pieces(pieces, model if os.path.exists(model) else fast)
     return pieces, int(prefix)
 
@@ -557,8 +564,7 @@ def random_model(size, kind, n_layers=None, vision_layers=None, tokenizer=None):
     if size == "llava-13b":
         text.update(hidden_size=5120, intermediate_size=13824, num_attention_heads=40, num_hidden_layers=n_layers or 40)
     fields = decoder_fields(Config(size, text, LLAMA))
-    vision = {**CLIP_L_336, "num_hidden_layers": (vision_layers or 23) + 1}
-    fields.update(vision_fields(Config(size, vision, CLIP), -2, size))
+    fields.update(vision_fields(Config(size, {"num_hidden_layers": (vision_layers or 23) + 1}, CLIP_L_336), -2, size))
     fields.update(image_fields([], 336), image_id=32000, template=TEMPLATES.index("hf"), prefix_after_special=1)
     if tokenizer:
         pieces = sentencepiece_model(tokenizer)
@@ -594,7 +600,6 @@ def main(argv):
     p.add_argument("--clip", metavar="DIR", help="the vision tower's folder, for checkpoints of LLaVA's authors (the one that config.json names, if it exists)")
     p.add_argument("--template", choices=TEMPLATES, help="the prompt (hf; vicuna_v1 for checkpoints of LLaVA's authors)")
     p.add_argument("--image-mode", choices=IMAGE_MODES, help="how a picture is made square (what the checkpoint's own code does)")
-    p.add_argument("--force", action="store_true", help="replace OUT.bin")
     r = p.add_argument_group("without a checkpoint")
     r.add_argument("--random", choices=["llava-7b", "llava-13b"], help="random weights in the real size, to measure speed with: --random llava-7b OUT.bin")
     r.add_argument("--layers", type=int, metavar="N", help="decoder layers of it (32, 40)")
@@ -604,8 +609,6 @@ def main(argv):
     if len(a.paths) != (1 if a.random else 2):
         p.error(f"expected {'OUT.bin' if a.random else 'CHECKPOINT and OUT.bin'}, got {' '.join(a.paths) or 'nothing'}")
     out = a.paths[-1]
-    if os.path.exists(out) and not a.force:                     # before the checkpoint is looked through
-        raise ExportError(f"{out}: exists already", "give another name, or --force to replace it")
     if a.random:
         for option, v in ("--layers", a.layers), ("--vision-layers", a.vision_layers):
             if v is not None and not 1 <= v <= 1000:
@@ -618,7 +621,7 @@ def main(argv):
         if a.layers or a.vision_layers or a.tokenizer:
             p.error("--layers, --vision-layers and --tokenizer are for --random")
         fields, tokenizer, tensors = export(a.paths[0], flat.TYPES[a.type], a.clip, a.template, a.image_mode)
-    size = flat.write(out, "llava", fields, tokenizer, tensors, a.force)
+    size = flat.write(out, "llava", fields, tokenizer, tensors)
     print(f"{out}: {size / 1e6:.1f} MB, {a.type}, {len(tensors)} tensors, {sum(t.rows * t.cols for t in tensors)} weights, {fields['n_pieces']} pieces, "
           f"template {TEMPLATES[fields['template']]}, image mode {IMAGE_MODES[fields['image_mode']]}")
 

@@ -25,6 +25,9 @@ import time
 from collections import Counter, namedtuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 # ----------------------------------------------------------------------------
 # random numbers: number k of a scene is a hash of (seed, k), so that C can draw the same
@@ -249,6 +252,11 @@ def test_caption(scene):
     return rng.pick(INSTRUCTIONS), caption(scene, rng)
 
 
+def test_references(scene):
+    """The caption of test_caption in each of the three styles, with the same pair."""
+    return [caption(scene, Draws(scene.seed, 514), style) for style in range(3)]
+
+
 def test_questions(scene):
     """One (question, answer, type) of each type, the same at every call."""
     rng = Draws(scene.seed, 1024)
@@ -290,34 +298,31 @@ def load_tokenizer(path):
     return spm.SentencePieceProcessor(model_file=path)
 
 
-def prompt_ids(tok, q, first=True):
-    """The ids of a turn up to "ASSISTANT:"."""
-    if first:
-        return [BOS] + tok.encode("USER: ") + [IMAGE] * N_PATCHES + tok.encode(f"\n{q} ASSISTANT:")
-    return tok.encode(f"USER: {q} ASSISTANT:")
+def image_ids(tok):
+    """What every conversation begins with: the picture takes the place of its id, once a patch."""
+    return [BOS] + tok.encode("USER: ") + [IMAGE] * N_PATCHES
+
+
+def prompt(q, first=True):
+    return f"\n{q} ASSISTANT:" if first else f"USER: {q} ASSISTANT:"
 
 
 def conversation_ids(tok, turns):
     """ids, and for each whether it is learnt: answers and the </s> after them are."""
-    ids, learnt = [], []
-    for i, (q, answer) in enumerate(turns):
-        prompt = prompt_ids(tok, q, i == 0)
-        whole = tok.encode(f"\n{q} ASSISTANT: {answer}" if i == 0 else f"USER: {q} ASSISTANT: {answer}")
-        head = prompt[len(prompt) - len(tok.encode(f"\n{q} ASSISTANT:")):] if i == 0 else prompt
-        if whole[:len(head)] != head:
-            fail(f"the ids of the prompt of {q!r} are not the beginning of those with its answer", "train the tokenizer anew")
-        rest = whole[len(head):] + [EOS]
-        ids += prompt + rest
-        learnt += [False] * len(prompt) + [True] * len(rest)
+    ids = image_ids(tok)
+    learnt = [False] * len(ids)
+    for i, (q, reply) in enumerate(turns):
+        asked = tok.encode(prompt(q, i == 0))
+        whole = tok.encode(prompt(q, i == 0) + " " + reply)
+        if whole[:len(asked)] != asked:
+            fail(f"the ids of the question {q!r} are not the beginning of those with its answer", "train the tokenizer anew")
+        ids += whole + [EOS]
+        learnt += [False] * len(asked) + [True] * (len(whole) - len(asked) + 1)
     return ids, learnt
 
 
 # ----------------------------------------------------------------------------
 # the network: CLIP, two linear layers, LLaMA; parameters are named as in the llava-hf checkpoints
-
-import torch
-import torch.nn.functional as F
-from torch import nn
 
 N_PATCHES = (SIDE // PATCH) ** 2                     # 64
 V_DIM, V_HIDDEN, V_LAYERS, V_HEADS = 96, 384, 4, 3   # the last vision layer is never run, as in LLaVA: it stays at its init
@@ -672,7 +677,7 @@ def perplexity(model, tok, first_seed, n, batch=32):
 @torch.no_grad()
 def answer(model, tok, scenes, questions, most=160, batch=50):
     """Greedy answers, one a scene. Prompts of one length go together, so nothing is padded."""
-    prompts = [prompt_ids(tok, q) for q in questions]
+    prompts = [image_ids(tok) + tok.encode(prompt(q)) for q in questions]
     answers = [None] * len(scenes)
     by_length = {}
     for i, p in enumerate(prompts):
@@ -843,10 +848,10 @@ def write_scenes(args):
             "image": file, "seed": seed, "background": scene.background,
             "objects": [{"cell": CELLS[o.cell], "size": o.size, "colour": o.colour, "shape": o.shape,
                          "x": round(o.x, 3), "y": round(o.y, 3), "radius": round(o.radius, 3)} for o in scene.objects],
-            "instruction": instruction, "caption": text,
-            "questions": [{"question": q, "answer": answer_, "type": kind} for q, answer_, kind in asked]})
+            "instruction": instruction, "caption": text, "references": test_references(scene),
+            "questions": [{"question": q, "answer": reply, "type": kind} for q, reply, kind in asked]})
         captions.append("\t".join([file, instruction, text]))
-        questions += ["\t".join([file, q, answer_, kind]) for q, answer_, kind in asked]
+        questions += ["\t".join([file, *one]) for one in asked]
     for file, lines in {"captions.tsv": captions, "questions.tsv": questions}.items():
         write(os.path.join(args.dir, file), ("\n".join(lines) + "\n").encode())
     lines = ",\n".join(json.dumps(scene) for scene in everything)
@@ -879,7 +884,7 @@ def main():
     c.add_argument("--samples", type=int, default=200_000, help="conversations of stage 1")
     c.add_argument("--stage0-steps", type=int, default=STAGE0_STEPS, help="steps of stage 0, for trials")
     c.add_argument("--early", help="folder to export unfinished networks to, from the first one on")
-    c.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    c.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads; 1 where other programs compute too: threads that wait for each other lose more than they gain")
     c.set_defaults(run=train)
 
     c = commands.add_parser("export", help="write the newest checkpoint in Hugging Face's format", formatter_class=argparse.ArgumentDefaultsHelpFormatter)

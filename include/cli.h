@@ -240,12 +240,19 @@ static inline double fraction_dropped(const Options *o) {
     return NAN;
 }
 
+static inline void catch_interrupts(int flags) {   // SA_RESTART: a blocked write goes on afterwards, and no text is lost; 0: a read ends
+    struct sigaction action = { .sa_handler = on_interrupt, .sa_flags = flags };
+    sigaction(SIGINT, &action, NULL);
+}
+
 // A line of standard input as a string that the caller frees; NULL at the end of it or after Ctrl-C.
 static inline char *read_turn(size_t *len) {
     char *line = NULL;
     size_t room = 0;
     if (isatty(0) && !quiet) fputs("> ", stderr);
+    catch_interrupts(0);
     ssize_t n = getline(&line, &room, stdin);
+    catch_interrupts(SA_RESTART);
     if (n < 0) { free(line); return NULL; }
     while (n && (line[n - 1] == '\n' || line[n - 1] == '\r')) line[--n] = 0;
     *len = (size_t)n;
@@ -302,8 +309,7 @@ static inline int cli(const Arch *arch, int argc, char **argv) {
     t.ctx = o.ctx ? o.ctx : longest < info->max_positions ? longest : info->max_positions;
     if (t.prompt.n > t.ctx) die("ask for less, take fewer pictures, or a larger --ctx (at most what --info calls max_positions)", "the prompt is longer than the context: %d tokens, the longest sequence is %d", t.prompt.n, t.ctx);
 
-    struct sigaction action = { .sa_handler = on_interrupt };   // without SA_RESTART: reading a turn ends too
-    sigaction(SIGINT, &action, NULL);
+    catch_interrupts(SA_RESTART);
     for (int i = 0; i < n_images; i++) {
         double image_ms, vision_ms;
         arch->see(m, image[i], mode >= 0 ? mode : info->image_mode, &image_ms, &vision_ms);

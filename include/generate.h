@@ -104,9 +104,9 @@ static inline bool is_stop(const Info *info, int id) {
     return false;
 }
 
-// What was printed must have arrived. A write that Ctrl-C cut short is no error.
+// What was printed must have arrived.
 static inline int printed(void) {
-    if ((fflush(stdout) || ferror(stdout)) && !interrupts) die("is the disk full?", "standard output: %s", strerror(errno));
+    if (fflush(stdout) || ferror(stdout)) die("is the disk full?", "standard output: %s", strerror(errno));
     return 0;
 }
 
@@ -154,8 +154,8 @@ static inline void next_token(Talk *t, Answer *a, float *logits) {
     if (id < t->info->vocab_size) a->seen[id] = 1;
     t->f.new_tokens++;
     bool stop = !t->force && is_stop(t->info, id);
-    a->ended = stop || a->n >= (t->force ? t->n_force : t->n_new) || interrupts;
     if (!stop) show(t, a, id);
+    a->ended = stop || a->n >= (t->force ? t->n_force : t->n_new) || interrupts;
     if (a->ended) show(t, a, -1);
 }
 

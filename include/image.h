@@ -31,7 +31,7 @@ enum { IMAGE_CROP, IMAGE_PAD, IMAGE_STRETCH,    // how a picture that is not squ
 #ifndef IMAGE_MAX_MEGAPIXELS
 #define IMAGE_MAX_MEGAPIXELS 64                 // of 1024 x 1024: a JPEG or PNG may declare sizes that no memory holds
 #endif
-#define IMAGE_MAX_SIDE (1 << 18)                // so that resized sides (below 4096 times this) stay an int
+#define IMAGE_MAX_SIDE 262144                   // so that 4096 times this, the longest side a crop is cut from, is an int
 #define IMAGE_MAX_FILE ((size_t)1 << 30)
 #define IMAGE_STRING_(x) #x
 #define IMAGE_STRING(x) IMAGE_STRING_(x)
@@ -74,11 +74,12 @@ static inline void *image_grow(void *p, size_t old_bytes, size_t bytes) {
 // ----------------------------------------------------------------------------
 // before stb_image sees a file: NULL, or what is wrong with it
 
-static const char *const image_truncated = "the file is truncated", *const image_corrupt = "the file is corrupt";
+static const char *const image_truncated = "the file is truncated", *const image_corrupt = "the file is corrupt",
+                  *const image_unsupported = "not a sequential or progressive JPEG of 8 bits and 1, 3 or 4 components: not supported";
 
 static inline const char *check_size(uint32_t w, uint32_t h) {
     if (w == 0 || h == 0) return "the picture has no pixels";
-    if (w > IMAGE_MAX_SIDE || h > IMAGE_MAX_SIDE) return "the picture is longer than 262144 pixels";
+    if (w > IMAGE_MAX_SIDE || h > IMAGE_MAX_SIDE) return "a side of the picture is longer than " IMAGE_STRING(IMAGE_MAX_SIDE) " pixels";
     if ((uint64_t)w * h > IMAGE_MAX_MEGAPIXELS * 1048576ull)
         return "the picture has more than " IMAGE_STRING(IMAGE_MAX_MEGAPIXELS) " megapixels (of 1048576 pixels)";
     return NULL;
@@ -109,18 +110,16 @@ static inline const char *check_jpeg_tables(JpegInfo *j, int marker, const uint8
     return NULL;
 }
 
-// The frame header. Closes: sampling factors that are no integer ratio read past a row; two components of one name
-// leave the second undefined.
+// The frame header. Closes: sampling factors that are no integer ratio read past a row. (Of two components of one name
+// the second never gets a scan; that is found at the end.)
 static inline const char *check_jpeg_frame(JpegInfo *j, int marker, const uint8_t *s, int bytes) {
     if (j->n_comp || bytes < 6) return image_corrupt;
-    if (s[0] != 8) return "JPEG of other than 8 bits a sample is not supported";
     j->progressive = marker == 0xC2;
     j->h = s[1] << 8 | s[2], j->w = s[3] << 8 | s[4], j->n_comp = s[5];
-    if (j->n_comp != 1 && j->n_comp != 3 && j->n_comp != 4) return "JPEG with 2 or more than 4 components is not supported";
+    if (s[0] != 8 || (j->n_comp != 1 && j->n_comp != 3 && j->n_comp != 4)) return image_unsupported;
     if (bytes != 6 + 3 * j->n_comp) return image_corrupt;
     for (int i = 0; i < j->n_comp; i++) {
         const uint8_t *c = s + 6 + 3 * i;
-        for (int k = 0; k < i; k++) if (j->comp[k].id == c[0]) return image_corrupt;
         j->comp[i].id = c[0], j->comp[i].h = c[1] >> 4, j->comp[i].v = c[1] & 15, j->comp[i].tq = c[2];
         if (j->comp[i].h < 1 || j->comp[i].h > 4 || j->comp[i].v < 1 || j->comp[i].v > 4 || c[2] > 3) return image_corrupt;
         if (j->comp[i].h > j->h_max) j->h_max = j->comp[i].h;
@@ -140,16 +139,14 @@ static inline const char *check_jpeg_scan(JpegInfo *j, const uint8_t *s, int byt
     int first = s[1 + 2 * n], last = s[2 + 2 * n], high = s[3 + 2 * n] >> 4, low = s[3 + 2 * n] & 15;
     if (j->progressive ? last > 63 || first > last || (first == 0 ? last > 0 : n > 1) || high > 13 || low > 13 : first || high || low)
         return image_corrupt;
+    bool opens = first == 0 && high == 0;           // brings DC coefficients: once for each component, and before all else
     int mcu_w = 8 * j->h_max, mcu_h = 8 * j->v_max;
     size_t n_mcu = (size_t)((j->w + mcu_w - 1) / mcu_w) * ((j->h + mcu_h - 1) / mcu_h), n_blocks = 0;
     for (int i = 0; i < n; i++) {
         int k = 0, dc = s[2 + 2 * i] >> 4, ac = s[2 + 2 * i] & 15;
         while (k < j->n_comp && j->comp[k].id != s[1 + 2 * i]) k++;
-        for (int m = 0; m < i; m++) if (s[1 + 2 * m] == s[1 + 2 * i]) return image_corrupt;
-        if (k == j->n_comp || dc > 3 || ac > 3 || !(j->tables[2] >> j->comp[k].tq & 1)) return image_corrupt;
-        if (first == 0 && high == 0 && !(j->tables[0] >> dc & 1)) return image_corrupt;
-        if ((first || !j->progressive) && !(j->tables[1] >> ac & 1)) return image_corrupt;
-        if (first || high ? !j->comp[k].seen : j->comp[k].seen) return image_corrupt;
+        if (k == j->n_comp || j->comp[k].seen == opens || !(j->tables[2] >> j->comp[k].tq & 1)) return image_corrupt;
+        if ((opens && !(j->tables[0] >> dc & 1)) || ((first || !j->progressive) && !(j->tables[1] >> ac & 1))) return image_corrupt;
         j->comp[k].seen = true;
         n_blocks += n_mcu * j->comp[k].h * j->comp[k].v;
         if (n == 1) {                               // one component: its blocks, without those that only fill up an MCU
@@ -180,16 +177,15 @@ static inline const char *check_jpeg(const uint8_t *p, size_t n) {
         if (p == end) return image_truncated;
         int marker = *p++;
         if (marker == 0xD9) break;
-        if (marker < 0xC0 || (marker >= 0xD0 && marker <= 0xD8)) return image_corrupt;      // those have no length
         int bytes = end - p < 2 ? 2 : p[0] << 8 | p[1];
+        if (marker < 0xC0 || (marker >= 0xD0 && marker <= 0xD8) || bytes < 2) return image_corrupt;     // those have no length
         if (end - p < bytes) return image_truncated;
-        if (bytes < 2) return image_corrupt;
         const uint8_t *s = p + 2;
         const char *error = NULL;
         p += bytes;
         if (marker == 0xC4 || marker == 0xDB) error = check_jpeg_tables(&j, marker, s, p);
         else if (marker <= 0xC2) error = check_jpeg_frame(&j, marker, s, bytes - 2);
-        else if (marker < 0xD0) error = "JPEG that is arithmetic-coded, lossless or hierarchical is not supported";
+        else if (marker < 0xD0) error = image_unsupported;
         else if (marker == 0xDA) error = check_jpeg_scan(&j, s, bytes - 2, &p, end);
         else if (marker == 0xDD && bytes == 4) j.restart = s[0] << 8 | s[1];
         if (error) return error;
@@ -213,9 +209,8 @@ static inline const char *check_png(const uint8_t *p, size_t n, const uint8_t **
         if (end - p < 12 || (bytes = big_endian(p)) > (size_t)(end - p) - 12) return image_truncated;
         const uint8_t *type = p + 4, *s = p + 8;
         bool header = !memcmp(type, "IHDR", 4);
-        if (header != (color < 0)) return image_corrupt;        // the first, and only the first
+        if (header != (color < 0) || (header && bytes != 13)) return image_corrupt;     // the first chunk, and only the first
         if (header) {
-            if (bytes != 13) return image_corrupt;
             const char *error = check_size(big_endian(s), big_endian(s + 4));
             if (error) return error;
             color = s[9];
@@ -224,8 +219,6 @@ static inline const char *check_png(const uint8_t *p, size_t n, const uint8_t **
         } else if (!memcmp(type, "PLTE", 4)) {
             if (*palette || n_data || bytes == 0 || bytes > 768 || bytes % 3) return image_corrupt;
             *palette = p;
-        } else if (!memcmp(type, "tRNS", 4)) {
-            if (color > 3 || n_data || bytes > 256) return image_corrupt;
         } else if (!memcmp(type, "IDAT", 4)) n_data += bytes;
         else if (!memcmp(type, "IEND", 4)) break;
         else if (!(type[0] & 32)) return "PNG with an unknown critical chunk is not supported";

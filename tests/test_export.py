@@ -188,7 +188,7 @@ def test_layouts(tmp):
     plava.write_original(f"{tmp}/authors", f"{tmp}/clip")
     check_tensors("--clip", export("--clip", f"{tmp}/authors", f"{tmp}/authors.bin", "--clip", f"{tmp}/clip", "--type=f32", **authors), want)
     plava.write_original(f"{tmp}/authors", f"{tmp}/clip", mm_vision_tower=f"{tmp}/clip", image_aspect_ratio="square")
-    check_tensors("mm_vision_tower", export("mm_vision_tower", f"{tmp}/authors", f"{tmp}/authors.bin", "--type", "f32", "--force", **{**authors, "image_mode": 0}), want)
+    check_tensors("mm_vision_tower", export("mm_vision_tower", f"{tmp}/authors", f"{tmp}/authors.bin", "--type", "f32", **{**authors, "image_mode": 0}), want)
     plava.write_original(f"{tmp}/inside", mm_vision_tower=f"{tmp}/clip")
     check_tensors("tower inside", export("tower inside", f"{tmp}/inside", f"{tmp}/inside.bin", "--type", "f32", **authors), want)
     f = export("options", f"{tmp}/old1", f"{tmp}/options.bin", "--template", "vicuna_v1", "--image-mode", "pad", "--type", "f32", template=0, image_mode=1)
@@ -207,7 +207,7 @@ def test_bin(tmp):
         def save(folder, w):
             torch.save({n: torch.from_numpy(np.array(x)) for n, x in w.items()}, f"{folder}/pytorch_model.bin", _use_new_zipfile_serialization=zipped)
         plava.write_original(f"{tmp}/bin", f"{tmp}/bin-clip", save)
-        f = export(".bin", f"{tmp}/bin", f"{tmp}/bin.bin", "--clip", f"{tmp}/bin-clip", "--type", "f32", "--force", **authors)
+        f = export(".bin", f"{tmp}/bin", f"{tmp}/bin.bin", "--clip", f"{tmp}/bin-clip", "--type", "f32", **authors)
         check_tensors(".bin", f, want)
 
     def save_shards(folder, w):
@@ -290,7 +290,7 @@ def test_tokenizers(tmp):
                                    ("Metaspace always", plava.tokenizer_json(normalizer=None, pre_tokenizer={**first, "prepend_scheme": "always"}), 1),
                                    ("added tokens in the vocabulary", listed, 1), ("merges as pairs", pairs, 1)):
             plava.save_json(f"{folder}/tokenizer.json", fast)
-            export(f"tokenizer.json, {what}", folder, out, "--force", prefix_after_special=prefix)
+            export(f"tokenizer.json, {what}", folder, out, prefix_after_special=prefix)
         if with_model:
             os.remove(f"{folder}/tokenizer.model")
 
@@ -308,6 +308,8 @@ def test_tokenizers(tmp):
     broken("a hole in the ids", lambda j: j["model"]["vocab"].pop("the"), "ids are not")
     broken("another kind", lambda j: j["model"].update(type="Unigram"), "not a BPE")
     broken("another normalizer", lambda j: j.update(normalizer={"type": "NFKC"}), "spaces")
+    broken("no vocabulary", lambda j: j["model"].pop("vocab"), "usual form", "vocab")
+    broken("a model that is a list", lambda j: j.update(model=[1]), "usual form")
     broken("no byte piece", lambda j: (j["model"]["vocab"].update({"<0xzz>": 100}), j["model"]["vocab"].pop("<0x61>")), "byte pieces")
     with open(f"{folder}/tokenizer.model", "wb") as f:
         f.write(plava.tokenizer_model().replace(b"<0x61>", b"<0xzz>"))
@@ -329,7 +331,7 @@ def test_tokenizers(tmp):
         f.write(plava.tokenizer_model())
     for legacy, prefix in (True, 1), (False, 0), (None, 1):
         plava.save_json(f"{folder}/tokenizer_config.json", {} if legacy is None else {"legacy": legacy})
-        export(f"legacy {legacy}", folder, out, "--force", prefix_after_special=prefix)
+        export(f"legacy {legacy}", folder, out, prefix_after_special=prefix)
 
 
 # ----------------------------------------------------------------------------
@@ -370,7 +372,9 @@ def test_errors(tmp):
     refuse("another vision activation", "hidden_act", "gelu_pytorch_tanh", vision={"hidden_act": "gelu_pytorch_tanh"})
     refuse("another vision tower", "siglip_vision_model", vision={"model_type": "siglip_vision_model"})
     refuse("attention_bias", "attention_bias", text={"attention_bias": True})
-    refuse("a sliding window", "sliding_window", "4096", text={"model_type": "mistral", "sliding_window": 4096})
+    refuse("a sliding window", "sliding_window", "4096", text={"sliding_window": 4096})
+    refuse("another decoder", "model_type", "mistral", text={"model_type": "mistral"})
+    refuse("a config that is no object", "vision_config", vision_config=7)
     refuse("heads", "num_attention_heads", "'three'", text={"num_attention_heads": "three"})
     refuse("heads that do not divide", "do not fit", text={"num_key_value_heads": 2})
     refuse("several ends", "eos_token_id", text={"eos_token_id": [2, 7]})
@@ -384,6 +388,9 @@ def test_errors(tmp):
     expect("another image size", run(folder, out), "preprocessor_config.json", "crop_size", "56")
     plava.save_json(f"{folder}/preprocessor_config.json", {**plava.PROCESSOR, "resample": 2})
     expect("another filter", run(folder, out), "resample")
+    for mean in [0.5, 0.5], 0.5, [128, 128, 128], ["a", "b", "c"]:
+        plava.save_json(f"{folder}/preprocessor_config.json", {**plava.PROCESSOR, "image_mean": mean})
+        expect(f"image_mean {mean}", run(folder, out), "preprocessor_config.json", "image_mean")
     plava.write_hf(folder)
     os.remove(f"{folder}/config.json")
     expect("no config", run(folder, out), "config.json", "No such file")
@@ -438,16 +445,16 @@ def test_configs(tmp):
     del config["vision_feature_layer"], config["image_token_index"]
     config["image_token_id"] = 500
     plava.save_json(f"{folder}/config.json", config)
-    export("sparse", folder, out, "--force", norm_eps=1e-6, rope_theta=5e5)
+    export("sparse", folder, out, norm_eps=1e-6, rope_theta=5e5)
     plava.write_hf(folder, text={"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}})
-    export("rope_parameters", folder, out, "--force", rope_theta=1e6)
+    export("rope_parameters", folder, out, rope_theta=1e6)
     plava.write_hf(folder, vision_feature_layer=4, vision={"hidden_act": "gelu"})
-    check_tensors("the last layer", export("the last layer", folder, out, "--force", "--type=f32", vision_layers=4, vision_act=0), expected(w, vision_layers=4))
+    check_tensors("the last layer", export("the last layer", folder, out, "--type=f32", vision_layers=4, vision_act=0), expected(w, vision_layers=4))
     plava.write_hf(folder)
     os.remove(f"{folder}/preprocessor_config.json")
-    export("no processor", folder, out, "--force")
+    export("no processor", folder, out)
     plava.save_json(f"{folder}/processor_config.json", {"image_processor": {**plava.PROCESSOR, "do_center_crop": False, "image_mean": [0.5, 0.25, 0.125]}})
-    export("processor_config.json", folder, out, "--force", image_mode=1, image_mean_0=0.5, image_mean_1=0.25, image_mean_2=0.125)
+    export("processor_config.json", folder, out, image_mode=1, image_mean_0=0.5, image_mean_1=0.25, image_mean_2=0.125)
 
 
 def test_writing(tmp):
@@ -456,9 +463,9 @@ def test_writing(tmp):
     plava.write_hf(folder)
     export("whole", folder, out)
     before = bytes_of(out)
-    expect("an old file", run(folder, out), "exists already", hint="--force")
-    check(bytes_of(out) == before, "the old file is as it was")
-    expect("a folder as file", run(folder, folder, "--force"), "is a folder")
+    export("over an old file", folder, out)
+    check(bytes_of(out) == before, "the same file again")
+    expect("a folder as file", run(folder, folder), "is a folder")
     expect("nowhere", run(folder, f"{tmp}/none/x.bin"), "its folder does not exist")
 
     class Stop:
@@ -470,7 +477,7 @@ def test_writing(tmp):
             raise self.error
     for error in KeyboardInterrupt(), SystemExit(143), OSError(28, "No space left on device"):
         try:
-            flat.write(out, "llava", {}, b"", [flat.Tensor("x", flat.F32, 2, 40, [Stop(error)])], force=True)
+            flat.write(out, "llava", {}, b"", [flat.Tensor("x", flat.F32, 2, 40, [Stop(error)])])
             check(False, f"{error!r} goes on")
         except (KeyboardInterrupt, SystemExit):
             check(not isinstance(error, OSError), f"{error!r} goes on")
@@ -479,9 +486,9 @@ def test_writing(tmp):
         check(bytes_of(out) == before and not leftovers(tmp), f"{error!r}: the old file stays, the new one goes")
 
     program = [sys.executable, os.path.join(EXPORT, "llava.py")]
-    p = subprocess.run([*program, folder, out], capture_output=True, text=True)
-    check(p.returncode == 1 and p.stderr == f"error: {out}: exists already\nhint:  give another name, or --force to replace it\n" and not p.stdout, f"the program's error: {p}")
-    p = subprocess.run([*program, "--type", "f32", folder, "--force", out], capture_output=True, text=True)
+    p = subprocess.run([*program, f"{tmp}/none", out], capture_output=True, text=True)
+    check(p.returncode == 1 and p.stderr.startswith(f"error: {tmp}/none: ") and "hint:" in p.stderr and not p.stdout, f"the program's error: {p}")
+    p = subprocess.run([*program, "--type", "f32", folder, out], capture_output=True, text=True)
     check(p.returncode == 0 and not p.stderr and "2.6 MB" in p.stdout, f"the program: {p}")
     p = subprocess.run([*program, "--help"], capture_output=True, text=True)
     check(p.returncode == 0 and "example: python3 export/llava.py" in p.stdout, "--help")

@@ -162,6 +162,12 @@ static void test_pipelines(void) {
     for (size_t i = 0; i < 3 * n; i++) sum += chw[i];
     check(fabs(sum - 19480.43) < 0.005, "crop: normalised sum %.3f", sum);             // two digits are known
 
+    Image bytes = image_new(256, 1);                                                    // every byte in every channel, bit for bit: the hash is numpy's
+    for (int i = 0; i < 768; i++) bytes.rgb[i] = i / 3;
+    image_normalize(rows, bytes, clip_mean, clip_std);
+    check(fnv((Image){256, 4, (uint8_t *)rows}) == 0x2a4891e1, "normalised bits: %08x", fnv((Image){256, 4, (uint8_t *)rows}));
+    image_free(bytes);
+
     image_patches(rows, chw, 336, 14);
     bool ok = true;
     for (int t = 0; t < 576; t++)
@@ -422,6 +428,7 @@ static void test_bad_png(void) {
     EDIT("height 0", "rgb8.png", "no pixels", b.data[23] = 0);
     EDIT("width 2^31", "rgb8.png", "262144", b.data[16] = 0x80);
     EDIT("64 megapixels and a row", "rgb8.png", "64 megapixels", memcpy(b.data + 16, "\0\0\x20\0\0\0\x20\1", 8));
+    EDIT("64 megapixels and a pixel", "rgb8.png", "64 megapixels", memcpy(b.data + 16, "\0\0\1\x09\0\3\xdd\x39", 8));     // 265 x 253241
     EDIT("64 megapixels in 600 bytes", "rgb8.png", "truncated", memcpy(b.data + 16, "\0\0\x20\0\0\0\x20\0", 8));
     EDIT("more rows than data", "rgb8.png", "orrupt", b.data[23] = 12);
     EDIT("chunk of 2 GB", "rgb8.png", "truncated", b.data[33] = 0x80);

@@ -1,0 +1,1 @@
+static void test_planted_bugs() {}
