@@ -836,7 +836,7 @@ def write_scenes(args):
     """PNG pictures, scenes.json with everything, and two tables that C reads without a JSON parser."""
     from PIL import Image
     os.makedirs(args.dir, exist_ok=True)
-    everything, captions, questions = [], [], []
+    everything, captions, others, questions = [], [], [], []
     for seed in range(TEST, TEST + args.n):
         scene, file = make_scene(seed), f"{seed}.png"
         buffer = io.BytesIO()
@@ -851,8 +851,9 @@ def write_scenes(args):
             "instruction": instruction, "caption": text, "references": test_references(scene),
             "questions": [{"question": q, "answer": reply, "type": kind} for q, reply, kind in asked]})
         captions.append("\t".join([file, instruction, text]))
+        others += ["\t".join([file, instruction, one]) for one in test_references(scene) if one != text]
         questions += ["\t".join([file, *one]) for one in asked]
-    for file, lines in {"captions.tsv": captions, "questions.tsv": questions}.items():
+    for file, lines in {"captions.tsv": captions + others, "questions.tsv": questions}.items():
         write(os.path.join(args.dir, file), ("\n".join(lines) + "\n").encode())
     lines = ",\n".join(json.dumps(scene) for scene in everything)
     write(os.path.join(args.dir, "scenes.json"), f"[\n{lines}\n]\n".encode())

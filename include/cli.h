@@ -354,6 +354,7 @@ static inline int cli(const Arch *arch, int argc, char **argv) {
 
     for (int b = 0; b < o.n_answers; b++) { free(t.answer[b].seen); free(t.answer[b].id); free(t.answer[b].text); }
     runs_free(t.runs);
+    policy_free(&chain);
     arch->close(m);
     model_close(&file);
     free(t.answer); free(t.logits); free(t.candidates); free((void *)t.force); free(text);

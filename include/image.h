@@ -29,7 +29,7 @@ enum { IMAGE_CROP, IMAGE_PAD, IMAGE_STRETCH,    // how a picture that is not squ
        IMAGE_PILLOW13 = 4 };                    // added to one of them: the pass order of Pillow 13, for parity checks
 
 #ifndef IMAGE_MAX_MEGAPIXELS
-#define IMAGE_MAX_MEGAPIXELS 64                 // of 1024 x 1024: a JPEG or PNG may declare sizes that no memory holds
+#define IMAGE_MAX_MEGAPIXELS 64                 // of 10^6 pixels: a JPEG or PNG may declare sizes that no memory holds
 #endif
 #define IMAGE_MAX_SIDE 262144                   // so that 4096 times this, the longest side a crop is cut from, is an int
 #define IMAGE_MAX_FILE ((size_t)1 << 30)
@@ -80,8 +80,8 @@ static const char *const image_truncated = "the file is truncated", *const image
 static inline const char *check_size(uint32_t w, uint32_t h) {
     if (w == 0 || h == 0) return "the picture has no pixels";
     if (w > IMAGE_MAX_SIDE || h > IMAGE_MAX_SIDE) return "a side of the picture is longer than " IMAGE_STRING(IMAGE_MAX_SIDE) " pixels";
-    if ((uint64_t)w * h > IMAGE_MAX_MEGAPIXELS * 1048576ull)
-        return "the picture has more than " IMAGE_STRING(IMAGE_MAX_MEGAPIXELS) " megapixels (of 1048576 pixels)";
+    if ((uint64_t)w * h > IMAGE_MAX_MEGAPIXELS * 1000000ull)
+        return "the picture has more than " IMAGE_STRING(IMAGE_MAX_MEGAPIXELS) " megapixels";
     return NULL;
 }
 

@@ -4,8 +4,9 @@
 //     #include "../kernels.cu"          // g++ or clang++, -std=c++17
 //
 // A block's threads are fibres on one CPU thread. A fibre runs until it waits (at a barrier, or for the other lanes of its
-// warp); then one of those that may run is taken AT RANDOM. So a forgotten barrier shows as a wrong number, and as bits that
-// change with `emu::seed`. What else is caught, each ending the program with one line:
+// warp); then another runs: from barrier to barrier either one taken AT RANDOM each time, so that all advance together in
+// disorder, or the one that became able to run last, so that one warp runs as far ahead of the rest as barriers let it.
+// So a forgotten barrier shows as a wrong number. What else is caught, each ending the program with one line:
 // - a barrier that part of a block does not reach; a warp operation that part of a warp does not reach, or another one;
 // - reads and writes past an allocation or past a block's dynamic shared memory: the end of each touches a page that may not
 //   be read (under AddressSanitizer it is the sanitizer that finds them, static shared arrays too);
@@ -77,6 +78,7 @@ static const char *kernel_name = "none";
 static void (*body)(void *);              // one thread of the kernel that runs now
 static void *body_arg;
 static int n_threads, n_done, current, ready[MAX_THREADS], n_ready;
+static bool run_ahead;                    // which of the two orders
 static int n_launches;
 
 [[noreturn]] static void fail(const char *what) {
@@ -112,7 +114,7 @@ static void back_to_launcher() { leaving(main_stack, main_stack_size); _longjmp(
         if (n_done == n_threads) { back_to_launcher(); }
         fail("waits for threads that never come (a barrier or warp operation that not all of them reach)");
     }
-    int i = (int)(random() % n_ready);
+    int i = run_ahead ? n_ready - 1 : (int)(random() % n_ready);
     current = ready[i];
     ready[i] = ready[--n_ready];
     Fibre *f = &fibre[current];
@@ -121,6 +123,14 @@ static void back_to_launcher() { leaving(main_stack, main_stack_size); _longjmp(
     f->entered = true;
     setcontext(&f->first);
     abort();
+}
+
+// All threads may run, in an order of its own from here to the next barrier.
+static void release_all() {
+    uint64_t r = random();
+    run_ahead = r & 1;
+    n_ready = n_threads;
+    for (int i = 0, first = (int)((r >> 8) % n_threads); i < n_threads; i++) ready[i] = (first + (r & 2 ? i : n_threads - i)) % n_threads;
 }
 
 static void place_thread(int i) {
@@ -165,7 +175,7 @@ static void make_fibre(int i) {
 // ----------------------------------------------------------------------------
 // memory whose end may not be crossed
 
-static std::map<void *, std::pair<void *, size_t>> mapped;     // pointer: its mapping; bytes asked for
+static auto &mapped = *new std::map<void *, std::pair<void *, size_t>>;     // pointer: its mapping; bytes asked for
 
 static void *guarded(size_t n) {
     if (!n) n = 1;
@@ -234,8 +244,8 @@ template <class F> static void run_grid(const char *name, dim3 grid, dim3 block,
         if (shared) memset(dynamic_shared, 0xFF, shared);
         n_done = at_barrier = barrier_sum = 0;
         for (int w = 0; w < n_threads / 32; w++) warp[w].arrived = 0;
-        n_ready = n_threads;
-        for (int t = 0; t < n_threads; t++) { ready[t] = t; copies[t].clear(); copy_group[t] = 0; }
+        release_all();
+        for (int t = 0; t < n_threads; t++) { copies[t].clear(); copy_group[t] = 0; }
         first_switch = true;
         if (!_setjmp(launcher)) next();
         arrived(false);
@@ -249,8 +259,7 @@ static int barrier(int value) {
     if (++at_barrier < n_threads) { park(); return barrier_result; }
     barrier_result = barrier_sum;
     at_barrier = barrier_sum = 0;
-    for (int t = 0; t < n_threads; t++) if (t != current) ready[n_ready++] = t;
-    ready[n_ready++] = current;                                  // the last to come need not be the first to go
+    release_all();                                               // the last to come need not be the first to go
     park();
     return barrier_result;
 }
@@ -264,7 +273,7 @@ template <class In, class Out, class F> static Out together(const char *op, cons
     a->op = op;
     memcpy(a->in[lane], &in, sizeof in);
     if (++a->arrived == 32) {
-        In ins[32]; Out outs[32];
+        In ins[32]; Out outs[32] = {};
         for (int i = 0; i < 32; i++) memcpy(&ins[i], a->in[i], sizeof(In));
         compute(ins, outs);
         for (int i = 0; i < 32; i++) memcpy(a->out[i], &outs[i], sizeof(Out));

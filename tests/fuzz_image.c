@@ -4,9 +4,9 @@
 //                                          input i of seed s is input 0 of seed s + i: that is how to see one again
 //     clang -DLIBFUZZER -fsanitize=fuzzer,address,undefined …  && ./fuzz_image CORPUS      the same target for libFuzzer
 //
-// Any outcome is right but a sanitizer's complaint, a crash, or minutes for one input. To be built with
-// -fsanitize=address,undefined -fno-sanitize=shift,signed-integer-overflow: in stb_image 2.27 bits of damaged data are
-// shifted by more than 31 (they are zeros then) and sums of damaged DC coefficients wrap; no index comes from either.
+// Any outcome is right but a sanitizer's complaint, a crash, or seconds for one input. To be built with
+// -fsanitize=address,undefined -fno-sanitize=shift,signed-integer-overflow: inside stb_image 2.27 damaged DC
+// coefficients can add up beyond an int, and missing bits be shifted too far; pixels come from those, no index does.
 
 #define IMAGE_MAX_MEGAPIXELS 1          // what takes seconds at 64 times the size is not worth finding slowly
 #include "image.h"

@@ -380,7 +380,7 @@ static void check_cache(Case *c, Runs *r, int step) {
 static void take_attention(Case *c, int step, int layer, int n_layers, int n_heads) {
     Record *x = find(c, true, step, "attn_L%d", layer);
     given.att = NULL;
-    if (x && x->step == step) {
+    if (x && (x->step == step || step == 0)) {
         if (x->n_dims != 3 || x->dim[0] != n_heads) die(NULL, "attn_L%d: expected (%d heads, queries, keys)", layer, n_heads);
         given.att = x->f; given.queries = x->dim[1]; given.keys = x->dim[2];
         return;
@@ -424,7 +424,7 @@ static void replay_cache(Case *c, const char *policy) {
         int T = step ? 1 : prompt;
         if (step) pass_tokens(r, NULL, id, 1); else pass_prompt(r, 0, id, kind, T);
         Record *k = find(c, true, step, "k"), *v = find(c, true, step, "v");
-        if (!k || !v || k->step != step || v->step != step) k = v = NULL;
+        if (!k || !v || (step && (k->step != step || v->step != step))) k = v = NULL;
         if (k && (k->n_dims != 4 || k->dim[0] != L || k->dim[1] != H || k->dim[2] != T || k->dim[3] != d || k->n != v->n))
             die(NULL, "step %d: k and v must be (%d, %d, %d, %d)", step, L, H, T, d);
         for (int l = 0; l < L; l++) {
@@ -450,23 +450,19 @@ static void replay_cache(Case *c, const char *policy) {
 // ----------------------------------------------------------------------------
 // FastV and Simignore without a decoder: rows go through admit alone
 
-static int *tokens_where(const uint8_t *flag, int n, bool is, int *count) {
-    int *list = need(n, sizeof *list);
-    *count = 0;
-    for (int t = 0; t < n; t++) if (!flag[t] == !is) list[(*count)++] = t;
-    return list;
-}
-
-// What entered the layers from `layer` on, and what they may see.
+// What entered the last layer, and what it may see.
 static void check_rows(Case *c, Runs *r, int step) {
     const Record *x;
     if ((x = find(c, false, step, "kept"))) same_ints(c, x, r->h_pos, r->rows.T);
     if ((x = find(c, false, step, "positions"))) same_ints(c, x, r->h_rot, r->rows.T);
-    if ((x = find(c, false, step, "visible"))) {
-        int n, *list = tokens_where(r->visible[0], r->seq[0].n_seen, true, &n);
-        same_ints(c, x, list, n);
-        free(list);
-    }
+}
+static void check_visible(Case *c, Runs *r, int step) {
+    const Record *x = find(c, false, step, "visible");
+    if (!x) return;
+    int *list = need(r->seq[0].n_seen, sizeof *list), n = 0;
+    for (int t = 0; t < r->seq[0].n_seen; t++) if (r->visible[0][t]) list[n++] = t;
+    same_ints(c, x, list, n);
+    free(list);
 }
 
 static void replay_fastv(Case *c, const char *policy) {
@@ -492,6 +488,7 @@ static void replay_fastv(Case *c, const char *policy) {
             vote(r, l, qkv, lse);
         }
         check_rows(c, r, step);
+        check_visible(c, r, step);
         compress(r, step ? -1 : steps);
         check_cache(c, r, step);
     }
@@ -567,21 +564,30 @@ static void set_text(Case *c, Runs *r, int dim) {
 static void replay_simignore(Case *c, const char *policy) {
     Record *image = find(c, true, -1, "image");
     if (!image || image->n_dims != 2) die(NULL, "tensor image: missing, or not (image_len, dim)");
-    int L = value_or(c, "layers", value_or(c, "k", 5) + 1), n = image->dim[0], dim = image->dim[1], prompt = n + 1;    // one row of text behind the image
+    int L = value_or(c, "layers", value_or(c, "k", 5) + 1), n = image->dim[0], dim = image->dim[1], start = value_or(c, "image_start", 0);
+    int prompt = value_or(c, "prompt", start + n + 1), n_heads = value_or(c, "heads", 1), k = value_or(c, "k", 5), width = 3 * n_heads * 2;
+    if (start < 0 || prompt < start + n) die(NULL, "the image does not fit into the prompt");
     Chain chain = chain_of(c, policy, L);
-    given_start(L, 1, 1, prompt);
-    Runs *r = runs_new(&chain, L, 1, 1, 2, dim, 1, prompt, F32, false, 0, NULL, (Mat){ 0 });
+    given_start(L, n_heads, n_heads, prompt);
+    Runs *r = runs_new(&chain, L, n_heads, n_heads, 2, dim, 1, prompt, F32, false, 0, NULL, (Mat){ 0 });
     set_text(c, r, dim);
-    float *x = need((size_t)prompt * dim, sizeof *x);
-    memcpy(x, image->f, image->n * sizeof *x);
+    float *x = need((size_t)prompt * dim, sizeof *x), *qkv = need((size_t)prompt * width, sizeof *qkv), *lse = need((size_t)prompt * n_heads, sizeof *lse);
+    memcpy(x + (size_t)start * dim, image->f, image->n * sizeof *x);
     r->tmp = need((size_t)prompt * dim, sizeof *r->tmp);
     int *id = need(prompt, sizeof *id);
     uint8_t *kind = need(prompt, 1);
-    memset(kind, IMAGE, n);
-    kind[n] = TEMPLATE;
+    for (int t = 0; t < prompt; t++) kind[t] = t >= start && t < start + n ? IMAGE : TEMPLATE;
     pass_prompt(r, 0, id, kind, prompt);
-    admit(r, 0, x);
-    check_images(c, r, 0, n);
+    for (int l = 0; l < L; l++) {
+        admit(r, l, x);
+        if (l == 0) check_images(c, r, start, n);
+        take_attention(c, 0, k - 1, L, n_heads);
+        if (!given.att) break;                                            // the choice of image rows is all there is
+        if (l == 0) check_visible(c, r, 0);
+        K->kv_append(r->kv, l, qkv, &r->rows, n_heads);
+        vote(r, l, qkv, lse);
+    }
+    if (given.att) check_rows(c, r, 0);
     check_stream(c, !strcmp(policy, "simignore:released-13b"));
 }
 
@@ -641,7 +647,7 @@ static void replay_decoder(Case *c, const char *policy, int family, bool full) {
         decoder(m, r, NULL, 1);
         K->get(logits, m->s.logits, k->vocab_size * sizeof *logits);
         if (!full && step == 0 && family == SIMIGNORE) check_images(c, r, value(c, "image_start"), value(c, "image_len"));
-        if (!full) check_rows(c, r, step);
+        if (!full) { check_rows(c, r, step); if (family == FASTV) check_visible(c, r, step); }
         compress(r, step ? -1 : steps);
         if (!full) check_cache(c, r, step);
         if ((want = find(c, false, step, full ? "logits_full" : "logits"))) same_floats(c, want, logits, k->vocab_size);

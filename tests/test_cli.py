@@ -30,6 +30,7 @@ PROGRAM, MODEL = map(os.path.abspath, sys.argv[1:])
 DIR = tempfile.mkdtemp(prefix="test_cli.")
 # Threads that wait must not spin: whatever else runs here would pay for it.
 ENV = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
+LEAKS_ALLOWED = {**ENV, "ASAN_OPTIONS": "detect_leaks=0:" + os.environ.get("ASAN_OPTIONS", "")}   # who ends early frees nothing
 passed = failed = 0
 
 
@@ -53,14 +54,13 @@ def path(name, data=None):
 
 def run(*args, stdin=b"", model=None, env=None, **more):
     """The program on the model: .returncode, .stdout, .stderr (bytes)."""
+    if env is None:
+        env = LEAKS_ALLOWED if {"--tokens", "--info"} & set(args) else ENV
     args = [PROGRAM] + ([] if model is False else [model or MODEL]) + [str(a) for a in args]
     try:
-        return subprocess.run(args, input=stdin, capture_output=True, timeout=60, env=env or ENV, cwd=DIR, **more)
+        return subprocess.run(args, input=stdin, capture_output=True, timeout=60, env=env, cwd=DIR, **more)
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(args, "timeout", b"", b"")
-
-
-LEAKS_ALLOWED = {**ENV, "ASAN_OPTIONS": "detect_leaks=0:" + os.environ.get("ASAN_OPTIONS", "")}   # exit(1) frees nothing
 
 
 def fails(name, *args, says=(), **more):
@@ -270,11 +270,13 @@ def expected_rows(parts):
         if i:
             rows += [(IMAGE_ID, "image")] * IMAGE_ROWS
             at += len("<image>")
-        source, end = " " + piece, 0                # characters that the tokens so far spell; the blank in front is no part of the text
+        source, n, part = " " + piece, 0, 0         # n characters and `part` bytes are spelt so far; the blank in front is not in the text
         for id in encode(piece):
-            t, _, kind = PIECES[id]
-            end += 1 / len(source[int(end + 1e-9)].encode()) if kind == 6 else len(t)
-            last = at + len(source[1:int(end + 1e-9)].encode()) - 1
+            text, _, kind = PIECES[id]
+            n, part = (n, part + 1) if kind == 6 else (n + len(text), 0)
+            last = at + len(source[1:n].encode()) + part - 1
+            if part and part == len(source[n].encode()):
+                n, part = n + 1, 0
             rows.append((id, "text" if user[max(last, at)] else "template"))
         at += len(piece.encode())
     return rows

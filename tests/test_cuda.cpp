@@ -13,8 +13,8 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
-#include <vector>
 #include <algorithm>
+#include <vector>
 #include "test.h"
 
 typedef std::vector<float> Floats;
@@ -26,14 +26,14 @@ static bool quick;
 static uint64_t rng = 12345;
 
 // The worst error of a kind of test, on the scale of its tolerance.
-static struct { const char *name; double worst, tol; } errors[64];
+static struct { char name[40]; double worst, tol; } errors[64];
 static int n_errors;
 static bool close_to(const char *kind, const float *got, const double *want, size_t n, double tol, const char *what) {
     double worst = 0;
     for (size_t i = 0; i < n; i++) { double e = fabs(got[i] - want[i]) / (1 + fabs(want[i])); if (!(e <= worst)) worst = e; }
     int i = 0;
     while (i < n_errors && strcmp(errors[i].name, kind)) i++;
-    if (i == n_errors) errors[n_errors++] = { kind, 0, tol };
+    if (i == n_errors) { snprintf(errors[i].name, sizeof errors[i].name, "%s", kind); errors[i].tol = tol; n_errors++; }
     if (!(worst <= errors[i].worst)) errors[i].worst = worst;
     return check_close_at(__FILE__, __LINE__, what, got, want, n, tol);
 }
@@ -52,8 +52,15 @@ template <class T> struct Device {           // memory of the back-end that goes
     std::vector<T> host() const { std::vector<T> v(n); K->get(v.data(), p, n * sizeof(T)); return v; }
     operator T *() const { return p; }
 };
-static char what[200];
-#define NAME(...) (snprintf(what, sizeof what, __VA_ARGS__), what)
+static const char *NAME(const char *format, ...) {               // one of the last 8 is still there
+    static char text[8][200];
+    static int next;
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text[next = (next + 1) % 8], sizeof text[0], format, args);
+    va_end(args);
+    return text[next];
+}
 
 // ----------------------------------------------------------------------------
 // plain 16-bit floats, independent of the kernels' own
@@ -168,9 +175,10 @@ static void test_norms() {
         }
 }
 
-// Sums of up to 4,096 products of size about 1 / sqrt(cols): float sums are good for 1e-6, bf16's hi + lo keeps 16 bits of an
-// activation, so a relative 2^-17 of each product: 1e-5 in the sum.
-static double matmul_tol(int type, int T) { return type == BF16 && T > FEW ? 2e-5 : 4e-6; }
+// A dot product of size about 1 is summed in float. 32 lanes share it in matvec; in a tile one accumulator takes all 4,096
+// products, and each of its roundings may cost 2^-24 of it: up to 5e-6 was seen here, tensor cores may round twice as badly.
+// bf16's hi + lo keeps 16 bits of an activation: 2^-17 of each product, 1e-5 in the sum.
+static double matmul_tol(int, int T) { return T > FEW ? 2e-5 : 2e-6; }
 
 static void matmul_case(int type, int T, int rows, int cols, Act act, bool use_bias, bool add, double x_size) {
     Weights w;
@@ -187,9 +195,10 @@ static void matmul_case(int type, int T, int rows, int cols, Act act, bool use_b
             want[(size_t)t * rows + r] = act_ref(u, act) + (add ? y0[(size_t)t * rows + r] : 0);
         }
     if (x_size != 1) for (size_t i = 0; i < want.size(); i++) { want[i] /= x_size; got[i] = (float)(got[i] / x_size); }
-    close_to(NAME("matmul %s %s", names[type], T <= FEW ? "few" : "tiles") == what ? (T <= FEW ? (type == F32 ? "matmul f32 few" : type == F16 ? "matmul f16 few" : type == BF16 ? "matmul bf16 few" : "matmul q8_0 few")
-             : (type == F32 ? "matmul f32 tiles" : type == F16 ? "matmul f16 tiles" : type == BF16 ? "matmul bf16 tiles" : "matmul q8_0 tiles")) : "", got.data(), want.data(), want.size(),
-             matmul_tol(type, T), NAME("matmul %s T %d rows %d cols %d act %d bias %d add %d x %g", names[type], T, rows, cols, act, use_bias, add, x_size));
+    char kind[40];
+    snprintf(kind, sizeof kind, "matmul %s %s", names[type], T <= FEW ? "few" : "tiles");
+    close_to(kind, got.data(), want.data(), want.size(), matmul_tol(type, T),
+             NAME("matmul %s T %d rows %d cols %d act %d bias %d add %d x %g", names[type], T, rows, cols, act, use_bias, add, x_size));
     free_weights(&w);
 }
 
@@ -257,8 +266,9 @@ static void test_rope() {
     }
 }
 
-// Attention sums values of size 1 with weights that sum to 1; exp's argument is good to 2^-21 of the logits' size (about 10).
-enum { ATTEND_TOL_E6 = 5 };
+// Weights that sum to 1 meet values of size 1.5; an error of a logit is a relative error of its weight. Logits are float sums
+// of up to 128 products of size 3, before the division by sqrt(head_dim): good to 1e-5.
+enum { ATTEND_TOL_E6 = 20 };
 static void test_attend() {
     for (int hd : { 16, 32, 64, 104, 128 })
         for (int Tk : { 1, 33, 65, 257 }) {
@@ -483,7 +493,7 @@ static void cache_case(int hd, Type type, int H, int G, int n_prompt) {
     check(K->kv_bytes(kv) == 2 * size * L * G * hd * n_prompt, "%s: kv_bytes", name);
     Ints seq(n_prompt, s0), pos(n_prompt), rot(n_prompt);
     for (int t = 0; t < n_prompt; t++) { pos[t] = t; rot[t] = t; }
-    hidden[0] = 1;                           // the first row would see nothing
+    hidden[0] = hidden[n_prompt + 2] = 1;    // the first row, and one that decodes, would see nothing else
     pass("prompt", seq, pos, rot, 1, n_prompt % 2 ? NULL : lists, false, true);
     same_cache(NAME("%s: prompt", name), kv, ref, s0, 0, tol_votes);
 
@@ -532,7 +542,7 @@ static void cache_case(int hd, Type type, int H, int G, int n_prompt) {
         for (size_t i = 0; i < n; i++) if (into[at + i] >= 0 && (into[at + i] >= (int)n || !keep[at + into[at + i]])) into[at + i] = -1;
         at += n;
     }
-    double tol_merge = type == F16 ? 2e-3 : 1e-6;                // an f16 may round to its neighbour
+    double tol_merge = type == F16 ? 2e-3 : 5e-6;                // an f16 may round to its neighbour; a turn multiplies four floats
     K->kv_apply(kv, s0, (bool *)keep.data(), into.data(), w.data(), 0.5f, NULL);
     ref.apply(s0, (bool *)keep.data(), into.data(), w.data(), 0.5, NULL);
     same_cache(NAME("%s: merged", name), kv, ref, s0, tol_merge, tol_votes);
