@@ -63,12 +63,14 @@ bench: $(BUILD)/bench $(BUILD)/bench_policies ## speed of this machine's roofs, 
 	$(BUILD)/bench
 	$(BUILD)/bench_policies
 
-parity: llava                               ## against Hugging Face, sentencepiece and Pillow (installs PyTorch into .venv)
+parity: llava $(BUILD)/tokenizer_cli $(BUILD)/image_cli  ## against Hugging Face, sentencepiece and Pillow (installs PyTorch into .venv)
 	@sh tests/deps.sh parity $(DEPS)
 	@BUILD=$(BUILD) sh tests/run.sh parity
 
-long: llava $(TESTS)                        ## what takes too long for CI: fuzzing, long random runs
+long: llava $(TESTS) $(BUILD)/fuzz_image    ## what takes too long for CI: fuzzing, long random runs
 	@BUILD=$(BUILD) sh tests/run.sh long
+$(BUILD)/fuzz_image: tests/fuzz_image.c $(HEADERS) | $(BUILD)
+	$(C) $(STRICT) -O1 -g -fsanitize=address,undefined -fno-sanitize=shift,signed-integer-overflow -o $@ $< -lm
 
 debug:                                      ## every test under AddressSanitizer and UBSan, in build/debug
 	@$(MAKE) --no-print-directory test BUILD=$(BUILD)/debug CUDA=0 DEPS=0 \

@@ -425,7 +425,7 @@ template <int W> static void matvec(Product p) {
     }
     if (p.T == 1)      LAUNCH((matvec_kernel<W, 1, 1, 4>),  ceil_div(p.rows, 8), 256, 0, p);
     else if (p.T <= 4) LAUNCH((matvec_kernel<W, 4, 2, 2>),  ceil_div(p.rows, 16), 256, 0, p);
-    else if (p.T <= 8) LAUNCH((matvec_kernel<W, 8, 2, 2>),  ceil_div(p.rows, 16), 256, 0, p);
+    else if (p.T <= 8) LAUNCH((matvec_kernel<W, 8, 2, W == Q8_0 ? 1 : 2>),  ceil_div(p.rows, 16), 256, 0, p);
     else               LAUNCH((matvec_kernel<W, 16, 4, 1>), ceil_div(p.rows, 32), 256, 0, p);
 }
 

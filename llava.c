@@ -131,7 +131,7 @@ static void info_fill(Model *m) {
     const Config *c = &m->config;
     m->info = (Info){ .dim = c->dim, .n_layers = c->n_layers, .n_heads = c->n_heads, .n_kv_heads = c->n_kv_heads, .head_dim = c->head_dim,
                       .vocab_size = c->vocab_size, .n_pieces = c->n_pieces, .max_positions = c->max_positions, .bos_id = c->bos_id,
-                      .n_stop = 1, .stop_id = { c->eos_id }, .image_id = c->image_id, .image_rows = c->n_patches, .template = m->info.template,
+                      .n_stop = 1, .stop_id = { c->eos_id }, .image_id = c->image_id, .image_rows = c->n_patches, .image_size = c->image_size, .template = m->info.template,
                       .image_mode = m->info.image_mode, .tok = m->info.tok, .tok_emb = m->tok_emb };
 }
 

@@ -109,22 +109,21 @@ static void drop_slot(Run *r, int layer, int slot) {
         if (slot < head(r, layer, h)->len) head(r, layer, h)->keep[slot] = false;
 }
 
-// The n-th largest of x[0 … len-1], 1 <= n <= len. Hoare's quickselect (CACM 1961, Algorithm 65); reorders x.
+// The n-th largest of x[0 … len-1], 1 <= n <= len; reorders x. Quickselect (Hoare, CACM 1961, Algorithm 65) with partitions that
+// do not branch: which way a score goes is a coin's toss, and a wrong guess costs more than two swaps.
 static float nth_largest(float *x, int len, int n) {
-    int lo = 0, hi = len - 1;
-    for (n--; lo < hi; ) {
-        float pivot = x[lo + (hi - lo) / 2];
-        int i = lo, j = hi;
-        while (i <= j) {
-            while (x[i] > pivot) i++;
-            while (x[j] < pivot) j--;
-            if (i <= j) { float t = x[i]; x[i++] = x[j]; x[j--] = t; }
-        }
-        if (n <= j) hi = j;
-        else if (n >= i) lo = i;
-        else break;                          // between them all are equal to the pivot
+    for (;;) {
+        float pivot = x[len / 2];
+        int above = 0, equal;
+        for (int i = 0; i < len; i++) { float t = x[i]; x[i] = x[above]; x[above] = t; above += t > pivot; }
+        if (n <= above) { len = above; continue; }
+        equal = above;
+        for (int i = above; i < len; i++) { float t = x[i]; x[i] = x[equal]; x[equal] = t; equal += t == pivot; }
+        if (n <= equal || !equal) return pivot;      // !equal: the pivot is no number
+        n -= equal;
+        x += equal;
+        len -= equal;
     }
-    return x[n];
 }
 
 // Of the slots in [lo, hi) that are `among` the candidates (NULL: all are), the n best stay; ties to the earlier slot.
@@ -327,7 +326,7 @@ static void streaming_released(Run *r) {
 
 static void h2o(Run *r) {
     int recent[r->n_layers];                     // one a layer: they have seen different numbers of rows where rows were pruned
-    #pragma omp parallel for
+    #pragma omp parallel for if (!r->step)
     for (int l = 0; l < r->n_layers; l++)
         for (int h = 0; h < r->n_kv_heads; h++) {
             Head *c = head(r, l, h);
@@ -434,7 +433,7 @@ static void elastic(Run *r) {
     int start = opt(r, "start"), distance = opt(r, "distance");
     bool merge = chosen(r, "merge", "on"), as_released = released(r), said = false;
     LayerMemo *memo = r->mem;
-    #pragma omp parallel for
+    #pragma omp parallel for if (!r->step)
     for (int l = 0; l < r->n_layers; l++) {
         Head *c = head(r, l, 0);
         int L = c->len, m = L - start - 1, f = over_budget(L, c->seen, r->ratio);

@@ -6,6 +6,7 @@
 #include "model.h"
 #include "progress.h"
 #include "run.h"
+#include "show.h"
 #include "tokenizer.h"
 
 typedef struct {                 // one answer's sampler
@@ -95,7 +96,10 @@ typedef struct {                 // a conversation: a model, its caches, the ans
     float *logits;               // (n_answers, vocab_size)
     Candidate *candidates;
     Prompt prompt;               // of the turn under way
-    bool stop_at_ctx;            // told once
+    bool mute;                   // prints nothing (compare.h)
+    void (*on_logits)(void *ctx, int i, const float *row);   // told the logits of the i-th predicted token (compare.h)
+    void *on_logits_ctx;
+    Show *show;                  // pictures and traces; NULL: none
     Figures f;
 } Talk;
 
@@ -128,7 +132,7 @@ static inline void show(Talk *t, Answer *a, int id) {
         memmove(a->text, a->text + skip, got -= skip);
     }
     a->len += got;
-    if (t->n_answers > 1) return;                            // several answers are printed one after the other, at the end
+    if (t->n_answers > 1 || t->mute) return;                 // several answers are printed one after the other, at the end
     size_t end = a->len;
     while (end > a->shown && blank(a->text[end - 1])) end--;
     fwrite(a->text + a->shown, 1, end - a->shown, stdout);
@@ -144,6 +148,7 @@ static inline void write_logits(Talk *t, const float *row) {
 // Takes the next token of an answer from its logits.
 static inline void next_token(Talk *t, Answer *a, float *logits) {
     write_logits(t, logits);
+    if (t->on_logits) t->on_logits(t->on_logits_ctx, a->n, logits);
     int id = t->force ? t->force[a->n] : sample(&a->sampler, logits, t->info->n_pieces, a->seen, t->candidates);
     if (a->n == a->cap) {
         a->cap = a->cap ? 2 * a->cap : 256;
@@ -153,6 +158,11 @@ static inline void next_token(Talk *t, Answer *a, float *logits) {
     a->id[a->n++] = id;
     if (id < t->info->vocab_size) a->seen[id] = 1;
     t->f.new_tokens++;
+    if (t->show && t->show->trace.f) {
+        int len = 0;
+        const char *piece = tokenizer_piece(t->info->tok, id, &len);
+        trace_token(&t->show->trace, t->runs, (int)(a - t->answer), id, piece, len);
+    }
     bool stop = !t->force && is_stop(t->info, id);
     if (!stop) show(t, a, id);
     a->ended = stop || a->n >= (t->force ? t->n_force : t->n_new) || interrupts;
@@ -205,6 +215,7 @@ static inline void answer_turn(Talk *t) {
     int rows = t->chain->flags & RECOMPUTE ? t->ctx : p->n;
     t->arch->room(t->m, rows > B ? rows : B, B, t->ctx);
     r->cos_sin = info->cos_sin;
+    if (t->show) show_prompt(t->show, r, p, r->seq[0].n_seen);
     if (one_by_one) {
         K->kv_reserve(r->kv, 0, p->n + n_new);
         read_one_by_one(t);
@@ -252,8 +263,8 @@ static inline void answer_turn(Talk *t) {
     }
     free(seq);
     free(id);
-    if (B == 1) fputc('\n', stdout);
-    else for (int b = 0; b < B; b++) {
+    if (B == 1 && !t->mute) fputc('\n', stdout);
+    else if (B > 1) for (int b = 0; b < B; b++) {
         Answer *a = &t->answer[b];
         while (a->len && blank(a->text[a->len - 1])) a->len--;
         fwrite(a->text, 1, a->len, stdout);

@@ -228,7 +228,8 @@ typedef struct {                 // what the generate loop needs to know
     int vocab_size, n_pieces;    // rows of the head; ids from n_pieces on are never generated
     int max_positions;
     int bos_id, n_stop, stop_id[4];
-    int image_id, image_rows;    // what --tokens prints for an image row; rows a picture
+    int image_id, image_rows;    // what --tokens prints for an image row; rows a picture, a square of patches
+    int image_size;              // pixels along a side of what the vision tower reads
     int template, image_mode;    // the model file's defaults
     Tokenizer *tok;
     Mat tok_emb;                 // (vocab_size, dim)

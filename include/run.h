@@ -47,6 +47,9 @@ typedef struct Runs {
     // told after a plan was made and before it is carried out (pictures, traces). Then decode steps bring positions and scores
     // to the host as well, and drop_lowest writes its choice into the plan
     void (*watch)(void *ctx, const struct Runs *r, const Run *run);
+    // told when a layer of a prompt has looked at its keys (x, qkv, lse, rows and visible() are that layer's); of a decode step only
+    // where a policy acts in admit then
+    void (*watch_layer)(void *ctx, const struct Runs *r, int layer);
     void *watch_ctx;
 } Runs;
 
@@ -239,6 +242,7 @@ static inline void vote(Runs *r, int layer, const float *qkv, const float *lse) 
     r->layer = layer;
     r->qkv = qkv;
     r->lse = lse;
+    if (r->watch_layer && (r->prompt || r->chain->flags & DECODE_ADMIT)) r->watch_layer(r->watch_ctx, r, layer);
     const Part *e = evictor(r->chain);
     if (!r->prompt || !e || !e->policy->voters) return;
     Run *q = &r->seq[r->h_seq[0]];

@@ -478,6 +478,12 @@ static inline cudaError_t cudaMemcpyAsync(void *d, const void *s, size_t n, cuda
 static inline cudaError_t cudaMemsetAsync(void *d, int v, size_t n, cudaStream_t) { emu::submit([=] { memset(d, v, n); }); return 0; }
 static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) { *s = nullptr; return 0; }
 static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return emu::recording ? cudaErrorStreamCaptureUnsupported : cudaSuccess; }
+typedef int cudaEvent_t;
+static inline cudaError_t cudaEventCreate(cudaEvent_t *e) { *e = 0; return 0; }
+static inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return 0; }
+static inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return 0; }
+static inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t, cudaEvent_t) { *ms = 1; return 0; }
+static inline cudaError_t cudaEventDestroy(cudaEvent_t) { return 0; }
 template <class F> static cudaError_t cudaFuncSetAttribute(F, int, int) { return 0; }
 static inline cudaError_t cudaStreamBeginCapture(cudaStream_t, int) { if (emu::recording) return 1; emu::recording = new EmuGraph; return 0; }
 static inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *g) { *g = emu::recording; emu::recording = nullptr; return *g ? 0 : 1; }

@@ -17,14 +17,14 @@ static struct {
     int levels;                  // > 0: random votes take this many values, so that there are ties
 } given;
 
-static float given_vote(void) {
+static inline float given_vote(void) {
     double x = rnd(&given.lot);
     return (float)(given.levels ? floor(x * given.levels) / given.levels : x);
 }
-static float *given_scores(int layer, int g) { return given.score + ((size_t)layer * given.n_kv_heads + g) * given.ctx; }
+static inline float *given_scores(int layer, int g) { return given.score + ((size_t)layer * given.n_kv_heads + g) * given.ctx; }
 
 // The positions in the cache now, packed.
-static const int *given_pos(const KV *kv, int seq) {
+static inline const int *given_pos(const KV *kv, int seq) {
     int len[given.n_layers * given.n_kv_heads];
     size_t n = 0;
     cpu.kv_lens(kv, seq, len);
@@ -35,7 +35,7 @@ static const int *given_pos(const KV *kv, int seq) {
 }
 
 // Queries q0 … of the given attention add what they gave to the slots of each kv head: rows [first, first + n) of the head's positions.
-static void given_add(KV *kv, int seq, int layer, int n) {
+static inline void given_add(KV *kv, int seq, int layer, int n) {
     int len[given.n_layers * given.n_kv_heads], group = given.n_heads / given.n_kv_heads;
     const int *pos = given_pos(kv, seq);
     cpu.kv_lens(kv, seq, len);
@@ -54,17 +54,17 @@ static void given_add(KV *kv, int seq, int layer, int n) {
     }
 }
 
-static void given_kv_vote(KV *kv, int layer, const float *qkv, const float *lse, const Rows *rows, int n_heads, const uint8_t *const *visible, int n) {
+static inline void given_kv_vote(KV *kv, int layer, const float *qkv, const float *lse, const Rows *rows, int n_heads, const uint8_t *const *visible, int n) {
     (void)qkv; (void)lse; (void)n_heads; (void)visible;
     given_add(kv, rows->seq[0], layer, n);
 }
 
 // In place of kv_attend's voting while decoding.
-static void given_token_votes(Runs *r, int layer) {
+static inline void given_token_votes(Runs *r, int layer) {
     for (int b = 0; b < r->rows.B; b++) given_add(r->kv, r->h_seq[b], layer, 1);
 }
 
-static void given_column_sums(float *out, const KV *kv, int layer, const float *qkv, const float *lse, const Rows *rows, int n_heads,
+static inline void given_column_sums(float *out, const KV *kv, int layer, const float *qkv, const float *lse, const Rows *rows, int n_heads,
                               const uint8_t *const *visible, int n) {
     int len[given.n_layers * given.n_kv_heads];
     (void)qkv; (void)lse;
@@ -87,7 +87,7 @@ static void given_column_sums(float *out, const KV *kv, int layer, const float *
     }
 }
 
-static void given_kv_read(const KV *kv, int seq, int *pos, int *rot, float *score, float *k, float *v) {
+static inline void given_kv_read(const KV *kv, int seq, int *pos, int *rot, float *score, float *k, float *v) {
     cpu.kv_read(kv, seq, pos, rot, NULL, k, v);
     if (!score) return;
     int len[given.n_layers * given.n_kv_heads];
@@ -97,12 +97,12 @@ static void given_kv_read(const KV *kv, int seq, int *pos, int *rot, float *scor
         for (int j = 0; j < len[i]; j++) *score++ = given_scores(i / given.n_kv_heads, i % given.n_kv_heads)[*p++];
 }
 
-static void given_scores_clear(KV *kv, int seq) {
+static inline void given_scores_clear(KV *kv, int seq) {
     (void)kv; (void)seq;
     memset(given.score, 0, (size_t)given.n_layers * given.n_kv_heads * given.ctx * sizeof(float));
 }
 
-static void given_drop_lowest(KV *kv, int seq, int lo, int from_end) {
+static inline void given_drop_lowest(KV *kv, int seq, int lo, int from_end) {
     int n = given.n_layers * given.n_kv_heads, len[n], slot[n];
     const int *pos = given_pos(kv, seq);
     cpu.kv_lens(kv, seq, len);
@@ -119,7 +119,7 @@ static Kernels given_kernels;
 const Kernels *K = &given_kernels;
 
 // Before runs_new. One sequence at a time has given votes.
-static void given_start(int n_layers, int n_heads, int n_kv_heads, int ctx) {
+static inline void given_start(int n_layers, int n_heads, int n_kv_heads, int ctx) {
     given_kernels = cpu;
     given_kernels.kv_vote = given_kv_vote;
     given_kernels.kv_column_sums = given_column_sums;

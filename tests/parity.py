@@ -120,7 +120,7 @@ def fields_of(model):
     return flat.read(model).fields
 
 
-def fold(model):
+def theirs_of(model):
     """A model file as a transformers model: its fields as the config, its tensors taken apart again."""
     m = flat.read(model)
     f = m.fields
@@ -279,7 +279,7 @@ def p_llava():
 def kinds(a, b):
     for kind in ("f32", "f16", "bf16", "q8_0"):
         model = export(os.path.join(DIR, "p-llava"), "kind.bin", kind)
-        compare(f"P-LLaVA in {kind}", fold(model), model, [a, b], "-i", "what is on the hand")
+        compare(f"P-LLaVA in {kind}", theirs_of(model), model, [a, b], "-i", "what is on the hand")
     f = export(os.path.join(DIR, "p-llava"), "kind.bin", "f32")
     pad = export(os.path.join(DIR, "p-llava"), "pad.bin")
     m = bytearray(open(pad, "rb").read())                       # image mode: pad
@@ -287,7 +287,7 @@ def kinds(a, b):
     m[at] = 1
     with open(pad, "wb") as out:
         out.write(m)
-    compare("P-LLaVA, image mode pad", fold(f), pad, [a, picture("tall.png", 60, 171, 4)], "-i", "what is on the hand")
+    compare("P-LLaVA, image mode pad", theirs_of(f), pad, [a, picture("tall.png", 60, 171, 4)], "-i", "what is on the hand")
 
 
 def other_shapes(a, b):
@@ -308,7 +308,7 @@ def other_shapes(a, b):
 
 
 def scenes(model):
-    hf = fold(model)
+    hf = theirs_of(model)
     f = fields_of(model)
     files = sorted(glob.glob(os.path.join(ROOT, "models", "scenes", "*.png")))[:6] or [picture("scene.png", 112, 112, 5)]
     questions = ["Describe the image in detail.", "How many shapes are there?", "What is in the center?", "Is there a red circle?", "What colour is the background?"]

@@ -34,6 +34,10 @@ parity)
     run "$python" tests/image_parity.py
     run "$python" tests/parity.py
     ;;
+long)
+    run "$build/test_tokenizer" $model 20000
+    run "$build/fuzz_image" 2000000 "$(date +%s)"
+    ;;
 esac
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ] && [ "$passed" != 0 ]

@@ -505,7 +505,7 @@ static void rows_of_pass(const Runs *r, float *qkv, int layer, int group) {
             uint64_t s = 77 + r->h_pos[t] * 131 + h * 7 + layer;
             memset(k, 0, D * sizeof *k);
             memset(v, 0, D * sizeof *v);
-            for (int i = 0; i < 8; i++) k[i] = (float)rnd_normal(&s);
+            for (int i = 0; i < 8; i++) k[i] = (float)rnd(&s) - 0.5f;
             v[r->h_pos[t]] = 1;
         }
 }
@@ -529,8 +529,8 @@ static bool run_trial(Trial *t, Snapshot *end, bool checks, bool watched) {
     r->cos_sin = cos_sin;
     r->tmp = tmp;
     uint64_t s = t->lot;
-    for (int i = 0; i < 64 * 4; i++) x[i] = (float)rnd_normal(&s);
-    for (int i = 0; i < t->n_text * 16; i++) text[i] = (float)rnd_normal(&s);
+    for (int i = 0; i < 64 * 4; i++) x[i] = (float)rnd(&s) - 0.5f;
+    for (int i = 0; i < t->n_text * 16; i++) text[i] = (float)rnd(&s) - 0.5f;
     r->embed = (Mat){ F32, t->n_text, 4, 64, text, NULL };
     r->n_text = t->n_text;
     r->text_id = need(t->n_text, sizeof(int));
@@ -612,8 +612,8 @@ static bool run_trial(Trial *t, Snapshot *end, bool checks, bool watched) {
                 if (t->chain.flags & SLOT_POS && !strcmp(t->name, "streaming")) hold(now.rot[at + j] == j, "%s: slot %d stands at %d", t->spec, j, now.rot[at + j]);
                 else if (pos < t->prompt || !(t->chain.flags & SLOT_POS)) hold(now.rot[at + j] == pos, "%s: token %d stands at %d", t->spec, pos, now.rot[at + j]);
                 const float *v = now.v + (at + j) * D;
-                double sum = 0, lowest = 0;
-                for (int c = 0; c < D; c++) { sum += v[c]; lowest = fmin(lowest, v[c]); }
+                float sum = 0, lowest = 0;
+                for (int c = 0; c < D; c++) { sum += v[c]; lowest = v[c] < lowest ? v[c] : lowest; }
                 if (t->merging == 1) hold(fabs(sum - 1) < 1e-5 && lowest >= 0 && (v[pos] > 0 || !strcmp(t->name, "elastic:released")), "%s: token %d: weights sum to %g", t->spec, pos, sum);
                 if (t->merging == 0) hold(sum == 1 && v[pos] == 1, "%s: token %d: content has changed", t->spec, pos);
             }
