@@ -64,11 +64,11 @@ static __device__ __forceinline__ void ldmatrix_trans(uint32_t r[4], const void 
 }
 // c (16, 8) += a (16, 16) b (8, 16)^T on the tensor cores, products of 16-bit numbers added up in float
 static __device__ __forceinline__ void mma_f16(float c[4], const uint32_t a[4], const uint32_t b[2]) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 static __device__ __forceinline__ void mma_bf16(float c[4], const uint32_t a[4], const uint32_t b[2]) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 #endif
@@ -115,14 +115,12 @@ static __device__ __forceinline__ float4 load4(const float *p) {          // 16 
 template <int W> struct Per16 { enum { n = W == F32 ? 4 : W == Q8_0 ? 16 : 8 }; };
 template <int W> static __device__ __forceinline__ void unpack(float *w, uint4 raw) {
     uint32_t u[4] = { raw.x, raw.y, raw.z, raw.w };
-    UNROLL
-    for (int i = 0; i < 4; i++) {
+    UNROLL for (int i = 0; i < 4; i++) {
         if (W == F32) w[i] = __uint_as_float(u[i]);
         if (W == F16) { w[2 * i] = f16_to_float((uint16_t)u[i]); w[2 * i + 1] = f16_to_float((uint16_t)(u[i] >> 16)); }
         if (W == BF16) { w[2 * i] = __uint_as_float(u[i] << 16); w[2 * i + 1] = __uint_as_float(u[i] & 0xffff0000u); }
         if (W == Q8_0)       // the byte, plus 128, as the last bits of 2^23: cheaper than a conversion
-            UNROLL
-            for (int b = 0; b < 4; b++) w[4 * i + b] = __uint_as_float(0x4b000000u | ((u[i] ^ 0x80808080u) >> 8 * b & 255)) - 8388736.0f;
+            UNROLL for (int b = 0; b < 4; b++) w[4 * i + b] = __uint_as_float(0x4b000000u | ((u[i] ^ 0x80808080u) >> 8 * b & 255)) - 8388736.0f;
     }
 }
 
@@ -211,7 +209,8 @@ static Mat weight(Type type, int rows, int cols, const void *mapped, const void 
 
 // Memory that an operation needs while it runs: one piece a purpose, kept, grown when it is too small. A piece that is
 // outgrown stays allocated, because a graph that is being recorded may hold it; it at least doubles, so that adds up to little.
-enum { S_SPLIT, S_ROW_SCALE, S_PARTS, S_LOGITS, S_PLACE, S_SUMS, S_VISIBLE, S_ORDER, S_OFFSET, S_KEEP, S_INTO, S_W, S_KEPT, S_COUNT, S_MOVE, S_LISTS, S_OUT, N_SCRATCH };
+enum { S_SPLIT, S_ROW_SCALE, S_PARTS, S_LOGITS, S_PLACE, S_SUMS, S_VISIBLE, S_ORDER, S_OFFSET, S_KEEP, S_INTO, S_W, S_KEPT, S_COUNT,
+       S_MOVE, S_LISTS, S_OUT, N_SCRATCH };
 static void *scratch(int purpose, size_t bytes) {
     static struct { void *p; size_t bytes; } piece[N_SCRATCH];
     if (bytes > piece[purpose].bytes) {
@@ -369,43 +368,34 @@ template <int W, int ROWS, int R, int U> __global__ void __launch_bounds__(256) 
     int lane = threadIdx.x % 32, o = (blockIdx.x * 8 + threadIdx.x / 32) * R;
     if (o >= p.rows) return;
     float acc[R][ROWS];
-    UNROLL
-    for (int i = 0; i < R * ROWS; i++) acc[i / ROWS][i % ROWS] = 0.0f;
+    UNROLL for (int i = 0; i < R * ROWS; i++) acc[i / ROWS][i % ROWS] = 0.0f;
     for (int k0 = lane * N; k0 < p.cols; k0 += 32 * N * U) {
         uint4 raw[U][R];
-        UNROLL
-        for (int i = 0; i < U * R; i++) {
+        UNROLL for (int i = 0; i < U * R; i++) {
             int k = k0 + i / R * 32 * N;
             if (k >= p.cols) k = k0;                     // past the end: loaded, not used
             raw[i / R][i % R] = load16_once(p.w + min(o + i % R, p.rows - 1) * p.w_stride + k * (16 / N));
         }
-        UNROLL
-        for (int u = 0; u < U; u++) {
+        UNROLL for (int u = 0; u < U; u++) {
             int k = k0 + u * 32 * N;
             if (k >= p.cols) break;
             float w[R][N], scale[R];
-            UNROLL
-            for (int r = 0; r < R; r++) {
+            UNROLL for (int r = 0; r < R; r++) {
                 unpack<W>(w[r], raw[u][r]);
                 scale[r] = W == Q8_0 ? q8_scale(p, min(o + r, p.rows - 1), k / 32) : 1.0f;
             }
-            UNROLL
-            for (int t = 0; t < ROWS; t++) {
+            UNROLL for (int t = 0; t < ROWS; t++) {
                 float x[N];
-                UNROLL
-                for (int i = 0; i < N; i += 4) unpack<F32>(x + i, load16(p.x + (size_t)min(t, p.T - 1) * p.x_stride + k + i));
-                UNROLL
-                for (int r = 0; r < R; r++) {
+                UNROLL for (int i = 0; i < N; i += 4) unpack<F32>(x + i, load16(p.x + (size_t)min(t, p.T - 1) * p.x_stride + k + i));
+                UNROLL for (int r = 0; r < R; r++) {
                     float sum = W == Q8_0 ? 0.0f : acc[r][t];
-                    UNROLL
-                    for (int i = 0; i < N; i++) sum = fmaf(w[r][i], x[i], sum);
+                    UNROLL for (int i = 0; i < N; i++) sum = fmaf(w[r][i], x[i], sum);
                     acc[r][t] = W == Q8_0 ? fmaf(scale[r], sum, acc[r][t]) : sum;
                 }
             }
         }
     }
-    UNROLL
-    for (int i = 0; i < R * ROWS; i++) {
+    UNROLL for (int i = 0; i < R * ROWS; i++) {
         float sum = warp_sum(acc[i / ROWS][i % ROWS]);
         if (lane == i % 32 && o + i / ROWS < p.rows && i % ROWS < p.T) finish(p, i % ROWS, o + i / ROWS, sum);
     }
@@ -442,8 +432,7 @@ __global__ void __launch_bounds__(256) float_tile_kernel(Product p) {
             ws[i % 16][r] = o0 + r < p.rows && k < p.cols ? ((const float *)(p.w + (o0 + r) * p.w_stride))[k] : 0.0f;
         }
         __syncthreads();
-        UNROLL
-        for (int k = 0; k < 16; k++)
+        UNROLL for (int k = 0; k < 16; k++)
             for (int i = 0; i < 4; i++)
                 for (int j = 0; j < 4; j++) acc[i][j] = fmaf(xs[k][ty * 4 + i], ws[k][tx * 4 + j], acc[i][j]);
     }
@@ -492,8 +481,7 @@ template <int W, int TILE_M> __global__ void __launch_bounds__(256) tile_kernel(
     int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, t0 = blockIdx.x * TILE_M, o0 = blockIdx.y * TILE_N;
     int wm = warp / 4 * (TILE_M / 2), wn = warp % 4 * 32, n_tiles = K / TILE_K;
     float acc[MI][4][4];
-    UNROLL
-    for (int i = 0; i < MI * 16; i++) acc[i / 16][i / 4 % 4][i % 4] = 0.0f;
+    UNROLL for (int i = 0; i < MI * 16; i++) acc[i / 16][i / 4 % 4][i % 4] = 0.0f;
 
     uint4 raw = make_uint4(0, 0, 0, 0);          // Q8_0: 16 weights and perhaps a scale between global and shared memory
     float raw_scale = 0.0f;
@@ -539,44 +527,33 @@ template <int W, int TILE_M> __global__ void __launch_bounds__(256) tile_kernel(
         cp_async_commit();
         const char *s = shared + tile % STAGES * STAGE;
         uint32_t b[2][2][4];                     // [k half][pair of n8 tiles]
-        UNROLL
-        for (int kk = 0; kk < 2; kk++)
-            UNROLL
-            for (int j = 0; j < 2; j++) ldmatrix(b[kk][j], s + 2 * X_BYTES + chunk_at(wn + 16 * j + lane / 16 * 8 + lane % 8, kk * 2 + lane / 8 % 2));
-        UNROLL
-        for (int i = 0; i < MI; i++) {
+        UNROLL for (int kk = 0; kk < 2; kk++)
+            UNROLL for (int j = 0; j < 2; j++) ldmatrix(b[kk][j], s + 2 * X_BYTES + chunk_at(wn + 16 * j + lane / 16 * 8 + lane % 8, kk * 2 + lane / 8 % 2));
+        UNROLL for (int i = 0; i < MI; i++) {
             float part[4][4];                    // Q8_0: a block of 32, before its scale
-            UNROLL
-            for (int j = 0; j < 16; j++) part[j / 4][j % 4] = 0.0f;
-            UNROLL
-            for (int kk = 0; kk < 2; kk++) {
+            UNROLL for (int j = 0; j < 16; j++) part[j / 4][j % 4] = 0.0f;
+            UNROLL for (int kk = 0; kk < 2; kk++) {
                 uint32_t a_hi[4], a_lo[4];
                 int at = chunk_at(wm + 16 * i + lane % 16, kk * 2 + lane / 16);
                 ldmatrix(a_hi, s + at);
                 ldmatrix(a_lo, s + X_BYTES + at);
-                UNROLL
-                for (int j = 0; j < 4; j++) mma<W>(W == Q8_0 ? part[j] : acc[i][j], a_lo, b[kk][j / 2] + j % 2 * 2);
-                UNROLL
-                for (int j = 0; j < 4; j++) mma<W>(W == Q8_0 ? part[j] : acc[i][j], a_hi, b[kk][j / 2] + j % 2 * 2);
+                UNROLL for (int j = 0; j < 4; j++) mma<W>(W == Q8_0 ? part[j] : acc[i][j], a_lo, b[kk][j / 2] + j % 2 * 2);
+                UNROLL for (int j = 0; j < 4; j++) mma<W>(W == Q8_0 ? part[j] : acc[i][j], a_hi, b[kk][j / 2] + j % 2 * 2);
             }
             if (W == Q8_0) {
                 const float *scale = (const float *)(s + 2 * X_BYTES + W_BYTES);
-                UNROLL
-                for (int j = 0; j < 16; j++) acc[i][j / 4][j % 4] = fmaf(scale[wn + j / 4 * 8 + lane % 4 * 2 + j % 2], part[j / 4][j % 4], acc[i][j / 4][j % 4]);
+                UNROLL for (int j = 0; j < 16; j++) acc[i][j / 4][j % 4] = fmaf(scale[wn + j / 4 * 8 + lane % 4 * 2 + j % 2], part[j / 4][j % 4], acc[i][j / 4][j % 4]);
             }
         }
         if (W == Q8_0 && more) store_q8(tile + STAGES - 1);
     }
     cp_async_wait<0>();
-    UNROLL
-    for (int i = 0; i < MI; i++)
-        UNROLL
-        for (int h = 0; h < 2; h++) {
+    UNROLL for (int i = 0; i < MI; i++)
+        UNROLL for (int h = 0; h < 2; h++) {
             int t = t0 + wm + 16 * i + 8 * h + lane / 4;
             if (t >= p.T) continue;
             float scale = row_scale[t];
-            UNROLL
-            for (int j = 0; j < 8; j++) {
+            UNROLL for (int j = 0; j < 8; j++) {
                 int o = o0 + wn + j / 2 * 8 + lane % 4 * 2 + j % 2;
                 if (o < p.rows) finish(p, t, o, scale * acc[i][j / 2][2 * h + j % 2]);
             }
@@ -685,16 +662,13 @@ template <int D, bool F32KV> static __device__ void load_keys(char *to, const ch
 template <int D, bool F32KV> static __device__ __forceinline__ void query_key(float s[][4], const char *q, const char *k) {
     using F = Flash<D, F32KV>;
     int lane = threadIdx.x % 32;
-    UNROLL
-    for (int i = 0; i < F::TILE / 8; i++) s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0.0f;
-    UNROLL
-    for (int kk = 0; kk < F::DP / 16; kk++) {
+    UNROLL for (int i = 0; i < F::TILE / 8; i++) s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0.0f;
+    UNROLL for (int kk = 0; kk < F::DP / 16; kk++) {
         uint32_t hi[4], lo[4];
         const char *at = q + lane % 16 * F::ROW + (kk * 2 + lane / 16) * 16;
         ldmatrix(hi, at);
         ldmatrix(lo, at + F::QUERIES * F::ROW);
-        UNROLL
-        for (int j = 0; j < F::TILE / 16; j++) {
+        UNROLL for (int j = 0; j < F::TILE / 16; j++) {
             uint32_t b[4];
             const char *key = k + (16 * j + lane / 16 * 8 + lane % 8) * F::ROW + (kk * 2 + lane / 8 % 2) * 16;
             ldmatrix(b, key);
@@ -748,8 +722,7 @@ template <int D, bool F32KV> __global__ void __launch_bounds__(128) flash_kernel
 
     const float c = LOG2E / sqrtf(D);                            // exp(q k / sqrt(D)) = 2^(c q k)
     float acc[F::DP / 8][4], most[2] = { -INFINITY, -INFINITY }, sum[2] = { 0.0f, 0.0f };
-    UNROLL
-    for (int i = 0; i < F::DP / 8 * 4; i++) acc[i / 4][i % 4] = 0.0f;
+    UNROLL for (int i = 0; i < F::DP / 8 * 4; i++) acc[i / 4][i % 4] = 0.0f;
     int j0 = next_tile<F::TILE>(seen, keys, 0, last, visible);
     if (j0 < keys.n) load_keys<D, F32KV>(sk, keys.k + j0 * keys.stride, keys.stride, keys.n - j0);
     cp_async_commit();
@@ -760,8 +733,7 @@ template <int D, bool F32KV> __global__ void __launch_bounds__(128) flash_kernel
         __syncthreads();             // the keys are here
         float s[F::TILE / 8][4], top[2] = { most[0], most[1] };
         query_key<D, F32KV>(s, sq + warp * 16 * F::ROW, sk);
-        UNROLL
-        for (int i = 0; i < F::TILE / 8 * 4; i++) {
+        UNROLL for (int i = 0; i < F::TILE / 8 * 4; i++) {
             float *e = &s[i / 4][i % 4];
             if (seen[i / 4 * 8 + lane % 4 * 2 + i % 2] > my_pos[i % 4 / 2]) *e = -INFINITY;
             *e *= c;
@@ -770,27 +742,21 @@ template <int D, bool F32KV> __global__ void __launch_bounds__(128) flash_kernel
         int next = next_tile<F::TILE>(seen, keys, j0 + F::TILE, last, visible);     // its barriers: all are done with the keys
         if (next < keys.n) load_keys<D, F32KV>(sk, keys.k + next * keys.stride, keys.stride, keys.n - next);
         cp_async_commit();
-        UNROLL
-        for (int h = 0; h < 2; h++) {
+        UNROLL for (int h = 0; h < 2; h++) {
             for (int i = 1; i < 4; i *= 2) top[h] = fmaxf(top[h], __shfl_xor_sync(ALL_LANES, top[h], i));
             float shrink = top[h] == -INFINITY ? 1.0f : exp2_fast(most[h] - top[h]);
             most[h] = top[h];
             sum[h] *= shrink;
-            UNROLL
-            for (int i = 0; i < F::DP / 8; i++) { acc[i][2 * h] *= shrink; acc[i][2 * h + 1] *= shrink; }
+            UNROLL for (int i = 0; i < F::DP / 8; i++) { acc[i][2 * h] *= shrink; acc[i][2 * h + 1] *= shrink; }
             float base = top[h] == -INFINITY ? 0.0f : top[h];
-            UNROLL
-            for (int i = 0; i < F::TILE / 8 * 2; i++) sum[h] += s[i / 2][2 * h + i % 2] = exp2_fast(s[i / 2][2 * h + i % 2] - base);
+            UNROLL for (int i = 0; i < F::TILE / 8 * 2; i++) sum[h] += s[i / 2][2 * h + i % 2] = exp2_fast(s[i / 2][2 * h + i % 2] - base);
         }
         cp_async_wait<1>();
         __syncthreads();             // the values are here
-        UNROLL
-        for (int kk = 0; kk < F::TILE / 16; kk++) {
+        UNROLL for (int kk = 0; kk < F::TILE / 16; kk++) {
             uint32_t hi[4], lo[4];
-            UNROLL
-            for (int i = 0; i < 4; i++) split_pair(&hi[i], &lo[i], s[2 * kk + i / 2][i % 2 * 2], s[2 * kk + i / 2][i % 2 * 2 + 1]);
-            UNROLL
-            for (int j = 0; j < F::DP / 16; j++) {
+            UNROLL for (int i = 0; i < 4; i++) split_pair(&hi[i], &lo[i], s[2 * kk + i / 2][i % 2 * 2], s[2 * kk + i / 2][i % 2 * 2 + 1]);
+            UNROLL for (int j = 0; j < F::DP / 16; j++) {
                 uint32_t b[4];
                 const char *value = sv + (kk * 16 + lane % 16) * F::ROW + (2 * j + lane / 16) * 16;
                 ldmatrix_trans(b, value);
@@ -813,8 +779,7 @@ template <int D, bool F32KV> __global__ void __launch_bounds__(128) flash_kernel
         for (int i = 1; i < 4; i *= 2) sum[h] += __shfl_xor_sync(ALL_LANES, sum[h], i);
         if (t + 8 * h >= T) continue;
         float scale = sum[h] > 0.0f ? 1.0f / sum[h] : 0.0f;
-        UNROLL
-        for (int i = 0; i < D / 8; i++)
+        UNROLL for (int i = 0; i < D / 8; i++)
             *(float2 *)(o + ((size_t)(t + 8 * h) * n_heads + head) * D + i * 8 + lane % 4 * 2) = make_float2(acc[i][2 * h] * scale, acc[i][2 * h + 1] * scale);
         if (lse && lane % 4 == 0) lse[(size_t)(t + 8 * h) * n_heads + head] = (most[h] + log2f(sum[h])) / LOG2E;
     }
@@ -856,7 +821,7 @@ struct KV {
     List *h_lists;                   // the same on the host: pointers and room are right, counts are not
     int *len, *used;                 // (n_seqs, n_layers, n_kv_heads), counted on the host
     char **memory;                   // (n_seqs,) the allocations
-    size_t *places, *memory_bytes;   // (n_seqs,) their sizes
+    size_t *places;                  // (n_seqs,) slots that fit into them
     int max_room;                    // of any head, ever
 };
 
@@ -884,21 +849,21 @@ static KV *kv_new(int n_layers, int n_kv_heads, int head_dim, int n_seqs, Type t
     kv->used = (int *)need(n, sizeof(int));
     kv->memory = (char **)need(n_seqs, sizeof(char *));
     kv->places = (size_t *)need(n_seqs, sizeof(size_t));
-    kv->memory_bytes = (size_t *)need(n_seqs, sizeof(size_t));
+    generation++;                    // it may lie where another lay
     return kv;
 }
 
 static void free_memory(KV *kv, int seq) {
     if (kv->memory[seq]) CHECK(cudaFree(kv->memory[seq]));
     kv->memory[seq] = NULL;
-    kv->places[seq] = kv->memory_bytes[seq] = 0;
+    kv->places[seq] = 0;
 }
 
 static void kv_free(KV *kv) {
     if (!kv) return;
     for (int s = 0; s < kv->n_seqs; s++) free_memory(kv, s);
     release(kv->lists);
-    free(kv->h_lists); free(kv->len); free(kv->used); free(kv->memory); free(kv->places); free(kv->memory_bytes);
+    free(kv->h_lists); free(kv->len); free(kv->used); free(kv->memory); free(kv->places);
     free(kv);
 }
 
@@ -958,19 +923,18 @@ static void new_places(KV *kv, int seq, const int *room) {
     int n = n_heads_of(kv), *len = lens_of(kv, kv->len, seq, 0), *used = lens_of(kv, kv->used, seq, 0);
     size_t places = 0, size = kv_size(kv), at = 0;
     for (int i = 0; i < n; i++) places += room[i];
-    size_t bytes = places * (2 * size + 2 * sizeof(int) + sizeof(float));
-    char *p = (char *)device_alloc(bytes);
+    char *p = (char *)device_alloc(places * (2 * size + 2 * sizeof(int) + sizeof(float)));
     for (int i = 0; i < n; i++) {
         List *l = &kv->h_lists[((size_t)(i / kv->n_kv_heads) * kv->n_seqs + seq) * kv->n_kv_heads + i % kv->n_kv_heads];
         char *numbers = p + 2 * places * size;
-        *l = List{ p + at * size, p + (places + at) * size, (int *)numbers + at, (int *)numbers + places + at, (float *)numbers + 2 * places + at, room[i], len[i], len[i], -1 };
+        *l = List{ p + at * size, p + (places + at) * size, (int *)numbers + at, (int *)numbers + places + at, (float *)numbers + 2 * places + at,
+                   room[i], len[i], len[i], -1 };
         used[i] = len[i];
         at += room[i];
         if (room[i] > kv->max_room) { kv->max_room = room[i]; generation++; }
     }
     kv->memory[seq] = p;
     kv->places[seq] = places;
-    kv->memory_bytes[seq] = bytes;
 }
 
 static void put_lists(KV *kv, int seq) {     // the host's lists of one sequence to the device
@@ -1042,7 +1006,8 @@ static void kv_lens(const KV *kv, int seq, int *h_len) { memcpy(h_len, lens_of(k
 // kv_read
 static __device__ __forceinline__ float kv_number(const char *p, int i, bool f16) { return f16 ? f16_to_float(((const uint16_t *)p)[i]) : ((const float *)p)[i]; }
 
-__global__ void read_kernel(int *pos, int *rot, float *score, float *k, float *v, List *lists, const int *order, const int *offset, int head_dim, bool f16, int n_seqs, int n_kv_heads) {
+__global__ void read_kernel(int *pos, int *rot, float *score, float *k, float *v, List *lists, const int *order, const int *offset,
+                            int head_dim, bool f16, int n_seqs, int n_kv_heads) {
     const List *c = head_list(lists, blockIdx.x, n_seqs, n_kv_heads);
     size_t size = (size_t)head_dim * (f16 ? 2 : 4);
     for (int i = threadIdx.x / 32; i < c->len; i += blockDim.x / 32) {
@@ -1154,7 +1119,8 @@ static void kv_append(KV *kv, int layer, const float *qkv, const Rows *rows, int
     count_append(kv, layer, seq, T);
     record_append(kv, layer, rows->seq, T);
     if (T == rows->B) {
-        LAUNCH(append_kernel, dim3(kv->n_kv_heads, T), threads, 0, lists_of(kv, layer, 0), qkv, rows->seq, rows->pos, rows->rot, n_heads, kv->n_kv_heads, kv->head_dim, f16);
+        LAUNCH(append_kernel, dim3(kv->n_kv_heads, T), threads, 0, lists_of(kv, layer, 0), qkv, rows->seq, rows->pos, rows->rot,
+               n_heads, kv->n_kv_heads, kv->head_dim, f16);
         return;
     }
     int *place = (int *)scratch(S_PLACE, (size_t)T * kv->n_kv_heads * sizeof(int));
@@ -1178,31 +1144,26 @@ template <int D, bool F32KV> __global__ void __launch_bounds__(128) decode_kerne
     int n = c->used, each = (n + SPLITS - 1) / SPLITS, begin = split * each, end = min(begin + each, n);
     size_t size = D * (F32KV ? 4 : 2);
     float x[N], acc[N], most = -INFINITY, sum = 0.0f;
-    UNROLL
-    for (int i = 0; i < N; i++) {
+    UNROLL for (int i = 0; i < N; i++) {
         acc[i] = 0.0f;
         x[i] = lane < C ? q[((size_t)b * (n_heads + 2 * n_kv_heads) + head) * D + lane * N + i] * (LOG2E / sqrtf(D)) : 0.0f;
     }
     for (int j0 = begin; j0 < end; j0 += 4 * GROUPS) {
         uint4 k[4], v[4];
         float s[4], top = most;
-        UNROLL
-        for (int u = 0; u < 4; u++) {
+        UNROLL for (int u = 0; u < 4; u++) {
             int j = j0 + u * GROUPS + mine;
             bool there = j < end && lane < C;
             k[u] = there ? load16(c->k + j * size + lane * 16) : make_uint4(0, 0, 0, 0);
             v[u] = there ? load16(c->v + j * size + lane * 16) : make_uint4(0, 0, 0, 0);
         }
-        UNROLL
-        for (int u = 0; u < 4; u++) {
+        UNROLL for (int u = 0; u < 4; u++) {
             int j = j0 + u * GROUPS + mine, p = j < end ? c->pos[j] : -1;
             float kk[N];
             unpack<F32KV ? F32 : F16>(kk, k[u]);
             s[u] = 0.0f;
-            UNROLL
-            for (int i = 0; i < N; i++) s[u] = fmaf(x[i], kk[i], s[u]);
-            UNROLL
-            for (int i = W / 2; i; i /= 2) s[u] += __shfl_xor_sync(ALL_LANES, s[u], i);
+            UNROLL for (int i = 0; i < N; i++) s[u] = fmaf(x[i], kk[i], s[u]);
+            UNROLL for (int i = W / 2; i; i /= 2) s[u] += __shfl_xor_sync(ALL_LANES, s[u], i);
             if (p < 0 || p > pos[b] || (visible && !visible[(size_t)b * visible_stride + p])) s[u] = -INFINITY;
             if (logits && lane == 0 && j < end) logits[((size_t)b * n_heads + head) * max_room + j] = s[u];
             top = fmaxf(top, s[u]);
@@ -1211,15 +1172,12 @@ template <int D, bool F32KV> __global__ void __launch_bounds__(128) decode_kerne
         float shrink = exp2_fast(most - top);
         most = top;
         sum *= shrink;
-        UNROLL
-        for (int i = 0; i < N; i++) acc[i] *= shrink;
-        UNROLL
-        for (int u = 0; u < 4; u++) {
+        UNROLL for (int i = 0; i < N; i++) acc[i] *= shrink;
+        UNROLL for (int u = 0; u < 4; u++) {
             float p = exp2_fast(s[u] - most), vv[N];
             unpack<F32KV ? F32 : F16>(vv, v[u]);
             sum += p;
-            UNROLL
-            for (int i = 0; i < N; i++) acc[i] = fmaf(p, vv[i], acc[i]);
+            UNROLL for (int i = 0; i < N; i++) acc[i] = fmaf(p, vv[i], acc[i]);
         }
     }
     if (lane < C) for (int i = 0; i < N; i++) group_acc[mine][lane * N + i] = acc[i];
@@ -1286,8 +1244,10 @@ static uint8_t *visible_lists(const Rows *rows, const uint8_t *const *h_visible,
     return d;
 }
 
-template <int D, bool F32KV> static void decode(float *part, float *logits, const float *q, const KV *kv, int layer, const Rows *rows, int n_heads, const uint8_t *visible, int stride) {
-    LAUNCH((decode_kernel<D, F32KV>), dim3(SPLITS, n_heads, rows->T), 128, 0, part, logits, q, lists_of(kv, layer, 0), rows->seq, rows->pos, visible, stride, n_heads, kv->n_kv_heads, kv->max_room);
+template <int D, bool F32KV> static void decode(float *part, float *logits, const float *q, const KV *kv, int layer, const Rows *rows, int n_heads,
+                                                const uint8_t *visible, int stride) {
+    LAUNCH((decode_kernel<D, F32KV>), dim3(SPLITS, n_heads, rows->T), 128, 0, part, logits, q, lists_of(kv, layer, 0), rows->seq, rows->pos,
+           visible, stride, n_heads, kv->n_kv_heads, kv->max_room);
 }
 
 static void kv_attend(float *o, float *lse, KV *kv, int layer, const float *qkv, const Rows *rows, int n_heads, const uint8_t *const *h_visible, bool vote) {
@@ -1325,8 +1285,7 @@ template <int D, bool F32KV> __global__ void __launch_bounds__(128) column_kerne
     size_t size = D * (F32KV ? 4 : 2);
     Keys keys = { c->k, c->v, size, c->pos, min(c->used, j0 + F::TILE) };
     float sum[F::TILE / 8][2];
-    UNROLL
-    for (int i = 0; i < F::TILE / 8; i++) sum[i][0] = sum[i][1] = 0.0f;
+    UNROLL for (int i = 0; i < F::TILE / 8; i++) sum[i][0] = sum[i][1] = 0.0f;
     if (next_tile<F::TILE>(seen, keys, j0, q_pos[T - 1], visible) < keys.n) {
         int earliest = INT_MAX;
         for (int i = 0; i < F::TILE; i++) earliest = min(earliest, seen[i]);
@@ -1340,19 +1299,16 @@ template <int D, bool F32KV> __global__ void __launch_bounds__(128) column_kerne
             __syncthreads();
             float s[F::TILE / 8][4];
             query_key<D, F32KV>(s, sq + warp * 16 * F::ROW, sk);
-            UNROLL
-            for (int h = 0; h < 2; h++) {
+            UNROLL for (int h = 0; h < 2; h++) {
                 int t = t0 + warp * 16 + lane / 4 + 8 * h, my_pos = t < T ? q_pos[t] : -1;
                 float l = t < T ? lse[(size_t)t * n_heads + head] * LOG2E : -INFINITY;
                 if (l == -INFINITY) my_pos = -1;
-                UNROLL
-                for (int i = 0; i < F::TILE / 8 * 2; i++)
+                UNROLL for (int i = 0; i < F::TILE / 8 * 2; i++)
                     if (seen[i / 2 * 8 + lane % 4 * 2 + i % 2] <= my_pos) sum[i / 2][i % 2] += exp2_fast(fmaf(s[i / 2][2 * h + i % 2], LOG2E / sqrtf(D), -l));
             }
         }
     }
-    UNROLL
-    for (int i = 0; i < F::TILE / 8 * 2; i++) {
+    UNROLL for (int i = 0; i < F::TILE / 8 * 2; i++) {
         float v = sum[i / 2][i % 2];
         for (int x = 4; x < 32; x *= 2) v += __shfl_xor_sync(ALL_LANES, v, x);
         if (lane < 4) column[warp][i / 2 * 8 + lane * 2 + i % 2] = v;
@@ -1372,7 +1328,8 @@ template <int D, bool F32KV> static void columns(float *sums, const float *qkv, 
 }
 
 // sums (n_heads, *max_used): what each place received from the last n queries of each head
-static float *column_sums(const KV *kv, int layer, const float *qkv, const float *lse, const Rows *rows, int n_heads, const uint8_t *const *h_visible, int n, int *max_used) {
+static float *column_sums(const KV *kv, int layer, const float *qkv, const float *lse, const Rows *rows, int n_heads,
+                          const uint8_t *const *h_visible, int n, int *max_used) {
     int stride, seq = on_host(rows->seq, "Rows.seq")[0];
     const int *used = lens_of(kv, kv->used, seq, layer);
     const List *lists = lists_of(kv, layer, seq);
@@ -1400,7 +1357,9 @@ static void kv_vote(KV *kv, int layer, const float *qkv, const float *lse, const
     int max_used;
     if (rows->T < 1) return;
     float *sums = column_sums(kv, layer, qkv, lse, rows, n_heads, h_visible, n, &max_used);
-    if (sums) LAUNCH(vote_kernel, dim3(ceil_div(max_used, 128), kv->n_kv_heads), 128, 0, lists_of(kv, layer, on_host(rows->seq, "Rows.seq")[0]), sums, n_heads / kv->n_kv_heads, max_used);
+    if (!sums) return;
+    List *lists = lists_of(kv, layer, on_host(rows->seq, "Rows.seq")[0]);
+    LAUNCH(vote_kernel, dim3(ceil_div(max_used, 128), kv->n_kv_heads), 128, 0, lists, sums, n_heads / kv->n_kv_heads, max_used);
 }
 
 // The place of the token at `pos` in a head, -1: it is not there. Most often it is where head 0 has it.
@@ -1433,7 +1392,8 @@ static int *layer_order(const KV *kv, int seq, int layer, int *stride) {
     return order;
 }
 
-static void kv_column_sums(float *h_out, const KV *kv, int layer, const float *qkv, const float *lse, const Rows *rows, int n_heads, const uint8_t *const *h_visible, int n) {
+static void kv_column_sums(float *h_out, const KV *kv, int layer, const float *qkv, const float *lse, const Rows *rows, int n_heads,
+                           const uint8_t *const *h_visible, int n) {
     int max_used, stride, seq = on_host(rows->seq, "Rows.seq")[0], len = lens_of(kv, kv->len, seq, layer)[0];
     if (len < 1) return;
     memset(h_out, 0, len * sizeof(float));
@@ -1471,7 +1431,8 @@ static void kv_map(float *h_out, const KV *kv, int layer, const float *qkv, cons
     uint8_t *visible = visible_lists(rows, h_visible, &v_stride);
     int *order = layer_order(kv, seq, layer, &stride);
     float *out = (float *)scratch(S_OUT, (size_t)rows->T * len * sizeof(float));
-    LAUNCH(map_kernel, dim3(ceil_div(len, 128), rows->T), 128, 0, out, qkv, lists_of(kv, layer, seq), order, lse, rows->pos, visible, n_heads, kv->n_kv_heads, kv->head_dim, kv->type == F16);
+    LAUNCH(map_kernel, dim3(ceil_div(len, 128), rows->T), 128, 0, out, qkv, lists_of(kv, layer, seq), order, lse, rows->pos, visible,
+           n_heads, kv->n_kv_heads, kv->head_dim, kv->type == F16);
     get(h_out, out, (size_t)rows->T * len * sizeof(float));
 }
 
@@ -1522,7 +1483,8 @@ __global__ void inverse_norm_kernel(float *inverse, List *lists, const int *orde
 }
 
 // A block for (64 leaving slots, head): their keys against all kept ones, 64 at a time, as a product of tiles in float.
-__global__ void __launch_bounds__(256) nearest_kernel(int *into, float *w, List *lists, const int *order, const float *inverse, const int *kept, const int *count, int stride, int head_dim, bool f16) {
+__global__ void __launch_bounds__(256) nearest_kernel(int *into, float *w, List *lists, const int *order, const float *inverse, const int *kept,
+                                                      const int *count, int stride, int head_dim, bool f16) {
     __shared__ float as[16][68], bs[16][68];
     __shared__ float best_value[64][17];
     __shared__ int best_slot[64][17];
@@ -1542,8 +1504,7 @@ __global__ void __launch_bounds__(256) nearest_kernel(int *into, float *w, List 
                 bs[x % 16][r] = e < head_dim ? kv_number(c->k + order[base + b] * size, e, f16) * inverse[base + b] : 0.0f;
             }
             __syncthreads();
-            UNROLL
-            for (int e = 0; e < 16; e++)
+            UNROLL for (int e = 0; e < 16; e++)
                 for (int i = 0; i < 4; i++)
                     for (int j = 0; j < 4; j++) acc[i][j] = fmaf(as[e][ty * 4 + i], bs[e][tx * 4 + j], acc[i][j]);
         }
@@ -1599,7 +1560,7 @@ typedef struct { char *k, *v; int *pos, *rot; float *score; int stride; } Moved;
 __global__ void merge_kernel(Moved to, List *lists, const int *order, const int *offset, const int *kept, const int *count, const int *into, const float *w,
                              float self, const float *cos_sin, int head_dim, bool f16) {
     int g = blockIdx.y, lane = threadIdx.x % 32, dest = blockIdx.x * 8 + threadIdx.x / 32;
-    const List *c = lists + g;
+    const List *list = lists + g;
     if (dest >= count[g]) return;
     order += offset[g]; kept += offset[g];
     if (into) { into += offset[g]; w += offset[g]; }
@@ -1608,22 +1569,22 @@ __global__ void merge_kernel(Moved to, List *lists, const int *order, const int 
     float k[4], v[4], own_k[4], own_v[4];        // this lane's numbers: head_dim is at most 128
     for (int i = 0; i < 4; i++) {
         int e = lane + 32 * i;
-        k[i] = own_k[i] = e < head_dim ? kv_number(c->k + place * size, e, f16) : 0.0f;
-        v[i] = own_v[i] = e < head_dim ? kv_number(c->v + place * size, e, f16) : 0.0f;
+        k[i] = own_k[i] = e < head_dim ? kv_number(list->k + place * size, e, f16) : 0.0f;
+        v[i] = own_v[i] = e < head_dim ? kv_number(list->v + place * size, e, f16) : 0.0f;
     }
-    for (int i0 = 0; into && i0 < c->len; i0 += 32) {
-        unsigned hits = __ballot_sync(ALL_LANES, i0 + lane < c->len && into[i0 + lane] == slot);
+    for (int i0 = 0; into && i0 < list->len; i0 += 32) {
+        unsigned hits = __ballot_sync(ALL_LANES, i0 + lane < list->len && into[i0 + lane] == slot);
         for (; hits; hits &= hits - 1, n++) {
             int from = i0 + __ffs(hits) - 1, p = order[from];
             for (int i = 0; i < 4; i++) {
                 int e = lane + 32 * i;
                 if (e >= head_dim) break;
-                k[i] += w[from] * kv_number(c->k + p * size, e, f16) + self * own_k[i];
-                v[i] += w[from] * kv_number(c->v + p * size, e, f16) + self * own_v[i];
+                k[i] += w[from] * kv_number(list->k + p * size, e, f16) + self * own_k[i];
+                v[i] += w[from] * kv_number(list->v + p * size, e, f16) + self * own_v[i];
             }
         }
     }
-    int rot = c->rot[place], half = head_dim / 2;
+    int rot = list->rot[place], half = head_dim / 2;
     for (int i = 0; i < 4; i++) {
         int e = lane + 32 * i;
         k[i] /= 1 + n;
@@ -1633,21 +1594,21 @@ __global__ void merge_kernel(Moved to, List *lists, const int *order, const int 
         if (cos_sin) continue;       // the key's other half is another lane's: below
         if (f16) ((uint16_t *)(to.k + at * size))[e] = float_to_f16(k[i]); else ((float *)(to.k + at * size))[e] = k[i];
     }
-    if (cos_sin) {                   // by rot back, by dest forth: one turn by dest - rot
+    if (cos_sin) {                   // from the position it is turned to now to `dest`
         __shared__ float row[8][128];
-        float *u = row[threadIdx.x / 32];
+        float *u = row[threadIdx.x / 32], sign = dest < rot ? -1.0f : 1.0f;
         for (int i = 0; i < 4; i++) if (lane + 32 * i < head_dim) u[lane + 32 * i] = k[i];
         __syncwarp();
         for (int e = lane; e < half; e += 32) {
-            const float *a = cos_sin + ((size_t)dest * half + e) * 2, *b = cos_sin + ((size_t)rot * half + e) * 2;
-            float cs = a[0] * b[0] + a[1] * b[1], sn = a[1] * b[0] - a[0] * b[1];
-            float x = u[e] * cs - u[e + half] * sn, y = u[e + half] * cs + u[e] * sn;
+            const float *cs = cos_sin + ((size_t)abs(dest - rot) * half + e) * 2;
+            float c = dest == rot ? 1.0f : cs[0], s = dest == rot ? 0.0f : sign * cs[1];
+            float x = u[e] * c - u[e + half] * s, y = u[e + half] * c + u[e] * s;
             if (f16) { ((uint16_t *)(to.k + at * size))[e] = float_to_f16(x); ((uint16_t *)(to.k + at * size))[e + half] = float_to_f16(y); }
             else     { ((float *)(to.k + at * size))[e] = x; ((float *)(to.k + at * size))[e + half] = y; }
         }
         rot = dest;
     }
-    if (lane == 0) { to.pos[at] = c->pos[place]; to.rot[at] = rot; to.score[at] = c->score[place]; }
+    if (lane == 0) { to.pos[at] = list->pos[place]; to.rot[at] = rot; to.score[at] = list->score[place]; }
 }
 
 __global__ void move_back_kernel(List *lists, Moved from, const int *count, size_t size) {
@@ -1863,10 +1824,20 @@ static const Kernels table = {
     .replay = replay, .record = record, .stop = stop,
 };
 
+// Which GPU: --device (it comes as VLM_DEVICE), else this process's number among those that the launcher started on this machine.
+static int which_device(int n_devices) {
+    static const char *const ranks[] = { "LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK" };
+    const char *s = getenv("VLM_DEVICE");
+    if (s && atoi(s) >= n_devices) die("nvidia-smi -L lists them; CUDA_VISIBLE_DEVICES hides some", "--device %s: there are %d", s, n_devices);
+    if (s) return atoi(s);
+    for (const char *name : ranks) if ((s = getenv(name))) return atoi(s) % n_devices;
+    return 0;
+}
+
 // NULL and one line on standard error where there is no device that can run this.
 extern "C" const Kernels *cuda(void) {
     static bool ready;
-    int n = 0, device = 0;
+    int n = 0;
     if (ready) return &table;
     cudaError_t e = cudaGetDeviceCount(&n);
     if (e != cudaSuccess || n < 1) {
@@ -1874,12 +1845,13 @@ extern "C" const Kernels *cuda(void) {
         return NULL;
     }
     cudaDeviceProp about;
-    CHECK(cudaGetDevice(&device));
+    int device = which_device(n);
     CHECK(cudaGetDeviceProperties(&about, device));
     if (about.major < 8) {
         fprintf(stderr, "cuda: %s has compute capability %d.%d, 8.0 is needed\n", about.name, about.major, about.minor);
         return NULL;
     }
+    CHECK(cudaSetDevice(device));
     CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     ready = true;
     return &table;

@@ -504,7 +504,7 @@ static void forward(Model *m, Runs *run, const Prompt *p, const int *h_want, int
             K->rows_copy(s->x + (size_t)p->image_at[i] * c->dim, m->image[i], NULL, c->n_patches, c->dim);
         decoder(m, run, h_want, n_want);
     } else {
-        uint64_t key = 1 + (uint64_t)run->rows.B;                                           // a decode step is one CUDA graph
+        uint64_t key = ((uint64_t)(uintptr_t)run->kv << 13) + run->rows.B;                  // a decode step is one CUDA graph
         bool graph = !(run->chain->flags & DECODE_ADMIT);                                   // unless a policy reads from the device in the middle
         if (!graph || !K->replay(key)) {
             if (graph) K->record(key);

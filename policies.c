@@ -198,6 +198,22 @@ static int prefix_length(const float *cdf, int len, float x) {
     return lo + 1;
 }
 
+// How many places beyond its `len` slots a cache needs for the tokens to come, when one slot leaves wherever it is over budget and
+// there is a slot p.
+static int growth(const Run *r, int len, int seen, double ratio, int p) {
+    int n = len, most = len;
+    for (int t = 1; t <= r->room; t++) {
+        most = max(most, ++n);
+        n -= p < n && over_budget(n, seen + t, ratio) >= 1;
+    }
+    return most - len;
+}
+static int slots_kept(const Head *c) {
+    int n = 0;
+    for (int j = 0; j < c->len; j++) n += c->keep[j];
+    return n;
+}
+
 // admit: which of the rows that are about to enter are image rows (of what other policies have left). The last row of the
 // prompt must go on, so it is no candidate: where it is an image row, the budget of those that stay is one less.
 static int image_rows(const Run *r, bool *among, int *taken) {
@@ -297,21 +313,25 @@ static void stride_rows(Run *r, int layer) { control_rows(r, layer, true); }
 //     f = trunc(n - N * (1 - ratio));   keep = first `start`  +  all from start + f on        n slots now, N rows seen
 
 static void streaming(Run *r) {
-    int sinks = opt(r, "sinks");
+    int sinks = opt(r, "sinks"), room = 0;
     for (int i = 0; i < r->n_layers * r->n_kv_heads; i++) {
         Head *c = &r->head[i];
         int L = prompt_rows(r, c), B = L - over_budget(L, L, r->ratio);
         drop_range(c->keep, sinks, c->len - max(0, B - sinks));
+        room = max(room, 1 + max(0, max(sinks, B) - c->len));
     }
     r->renumber = true;
+    r->room = min(r->room, room);
 }
 
 static void streaming_released(Run *r) {
-    int start = opt(r, "start");
+    int start = opt(r, "start"), room = 0;
     for (int i = 0; i < r->n_layers * r->n_kv_heads; i++) {
         Head *c = &r->head[i];
         drop_range(c->keep, start, min(c->len, start + over_budget(c->len, c->seen, r->ratio)));
+        if (!r->step) room = max(room, growth(r, slots_kept(c), c->seen, r->ratio, start));
     }
+    r->room = min(r->room, room);
 }
 
 // ----------------------------------------------------------------------------
@@ -325,15 +345,17 @@ static void streaming_released(Run *r) {
 // Differs: the paper cuts at every token of the prompt; here the prompt is read whole, then cut.
 
 static void h2o(Run *r) {
-    int recent[r->n_layers];                     // one a layer: they have seen different numbers of rows where rows were pruned
-    #pragma omp parallel for if (!r->step)
+    int recent[r->n_layers], room = 0;           // one a layer: they have seen different numbers of rows where rows were pruned
+    #pragma omp parallel for if (!r->step) reduction(max:room)
     for (int l = 0; l < r->n_layers; l++)
         for (int h = 0; h < r->n_kv_heads; h++) {
             Head *c = head(r, l, h);
             int M = part(r, c, "recent"), budget = part(r, c, "important") + M;
             recent[l] = c->len > budget ? M : c->len;
+            room = max(room, 1 + max(0, budget - c->len));
             if (!r->step && c->len > budget) keep_top(c->keep, c->score, 0, c->len - M, budget - M);
         }
+    r->room = min(r->room, room);
     if (r->step) drop_lowest(r, 0, recent);
 }
 
@@ -357,6 +379,8 @@ static void h2o_released(Run *r) {
         for (int i = 0; i < r->n_layers * r->n_kv_heads; i++) sum += r->head[i].score[j];
         score[j] += (float)(sum / (r->n_layers * r->n_kv_heads));
     }
+    int stay = f <= 0 ? len : f == 1 ? len - (start < len - 1) : max(1, len - f - 1);
+    r->room = growth(r, stay, head(r, 0, 0)->seen, r->ratio, start + 1);
     if (f <= 0) return;
     if (f > 1 && !r->step) {
         int *g = argsort(score, len - 1);
@@ -432,13 +456,15 @@ static void snapkv(Run *r) {
 static void elastic(Run *r) {
     int start = opt(r, "start"), distance = opt(r, "distance");
     bool merge = chosen(r, "merge", "on"), as_released = released(r), said = false;
+    int room = 0;
     LayerMemo *memo = r->mem;
-    #pragma omp parallel for if (!r->step)
+    #pragma omp parallel for if (!r->step) reduction(max:room) reduction(||:said)
     for (int l = 0; l < r->n_layers; l++) {
         Head *c = head(r, l, 0);
         int L = c->len, m = L - start - 1, f = over_budget(L, c->seen, r->ratio);
         if (r->step || (as_released && f < 2)) {
             if (f >= 1) drop_slot(r, l, memo[l].fixed_point);
+            if (!r->step) room = max(room, growth(r, L - (f >= 1), c->seen, r->ratio, 0));
             continue;
         }
         const float *score = mean_over_heads(r, l);
@@ -463,10 +489,12 @@ static void elastic(Run *r) {
             if (source[j]) c->into[j] = near[j];
         same_for_heads(r, l);
         memo[l].fixed_point = distance > 0 ? distance : max(start, L - max(0, f) + distance);
+        room = max(room, growth(r, slots_kept(c), c->seen, r->ratio, memo[l].fixed_point));
         free(anchor);
         free(source);
         free(near);
     }
+    r->room = min(r->room, room);
     static bool told;
     if (said && !told) fprintf(stderr, "note: elastic:released: so many slots leave that no anchor would stay; one does\n");
     told |= said;
@@ -543,16 +571,17 @@ static void prefixkv(Run *r) {
         }
     }
     if (!conf) prefix_search(r, memo);
-    #pragma omp parallel for
+    int room = 0;
+    #pragma omp parallel for reduction(max:room)
     for (int l = 0; l < r->n_layers; l++) {
         Head *c = head(r, l, 0);
-        int stay = 0;
         drop_bottom(c->keep, c->score, start, c->len - 1, memo[l].forget);
         same_for_heads(r, l);
-        for (int j = 0; j < c->len; j++) stay += c->keep[j];
-        int p = distance > 0 ? distance : c->len - memo[l].forget + distance;
+        int stay = slots_kept(c), p = distance > 0 ? distance : c->len - memo[l].forget + distance;
         memo[l].fixed_point = p < 1 ? max(1, stay / 2) : p;
+        room = max(room, growth(r, stay, c->seen, memo[l].rho, memo[l].fixed_point));
     }
+    r->room = min(r->room, room);
 }
 
 // ----------------------------------------------------------------------------

@@ -4,7 +4,7 @@ A LLaVA-type network of 1.5M parameters learns to describe rendered scenes: one 
 Pictures and texts are code, so nothing is downloaded, and two CPU cores train it in about an hour. It is small, but its
 perplexity falls apart when the cache loses the picture, which makes it a test bed for KV-cache compression.
 
-    python3 export/train_scenes.py train  --work scenes-train --out scenes-hf   # the tokenizer, stage 0, stage 1, export
+    python3 export/train_scenes.py train  --work scenes-train --out scenes-hf   # the tokenizer, three stages, export
     python3 export/train_scenes.py eval   scenes-hf                             # the table of models/README.md; exit 1 below a gate
     python3 export/train_scenes.py scenes models/scenes                         # 64 test scenes as PNG, JSON and TSV
     python3 export/train_scenes.py export --work scenes-train --out scenes-hf   # the newest checkpoint, once more
@@ -152,6 +152,7 @@ def render(scene):
 
 INSTRUCTIONS = ["Describe the image in detail.", "Describe this image.", "What is shown in this image?", "What do you see?"]
 QUESTIONS = {"count": 0.10, "count_shape": 0.15, "cell": 0.40, "yes_no": 0.25, "background": 0.10}    # type: its share
+DRILL = {"count": 0.05, "count_shape": 0.30, "cell": 0.15, "yes_no": 0.45, "background": 0.05}       # the same in stage 2
 
 
 def a(words):
@@ -208,11 +209,11 @@ def scene_objects(scene):
     return {(CELLS[o.cell], o.size, o.colour, o.shape) for o in scene.objects}
 
 
-def question(scene, rng, kind=None):
+def question(scene, rng, kind=None, shares=QUESTIONS):
     """(question, answer, type). Yes and no are equally likely; half of the shapes counted are in the picture."""
     if kind is None:
         u = rng.unit()
-        kind = next(k for i, k in enumerate(QUESTIONS) if u < sum(list(QUESTIONS.values())[:i + 1]) or k == "background")
+        kind = next(k for i, k in enumerate(shares) if u < sum(list(shares.values())[:i + 1]) or k == "background")
     objects = scene.objects
     if kind == "count":
         return "How many shapes are there?", NUMBERS[len(objects)].capitalize(), kind
@@ -241,6 +242,19 @@ def conversation(scene):
         turns.append((rng.pick(INSTRUCTIONS), caption(scene, rng)))
     for _ in range(n_questions):
         turn = question(scene, rng)[:2]
+        if turn not in turns:
+            turns.append(turn)
+    return turns
+
+
+def drill(scene):
+    """[(question, answer)]: up to six questions, mostly of the types learnt last; before a quarter of them a caption."""
+    rng = Draws(scene.seed, 64)
+    turns = []
+    if rng.below(4) == 0:
+        turns.append((rng.pick(INSTRUCTIONS), caption(scene, rng)))
+    for _ in range(6):
+        turn = question(scene, rng, shares=DRILL)[:2]
         if turn not in turns:
             turns.append(turn)
     return turns
@@ -490,13 +504,13 @@ def pad_batch(rows):
     return ids, targets
 
 
-def batches(tok, step, batch, first_seed):
-    """Batches from number `step` on. Eight at a time are sorted by length, cut and shuffled: little padding, little bias."""
+def batches(tok, talk, step, batch, first_seed):
+    """Batches of talk(scene) from number `step` on. Eight at a time are sorted by length, cut and shuffled: little padding, little bias."""
     while True:
         group = step // 8
         seeds = range(first_seed + group * 8 * batch, first_seed + (group + 1) * 8 * batch)
         scenes = [make_scene(s) for s in seeds]
-        rows = [conversation_ids(tok, conversation(s)) for s in scenes]
+        rows = [conversation_ids(tok, talk(s)) for s in scenes]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
         parts = [order[i:i + batch] for i in range(0, len(order), batch)]
         np.random.default_rng(group).shuffle(parts)
@@ -512,11 +526,12 @@ def batches(tok, step, batch, first_seed):
 #
 # Stage 0 teaches the vision tower alone: a linear head on every patch's tapped feature names what the patch shows. It stands in
 # for CLIP's pre-training; without it the decoder learns the grammar first and ignores the picture for very long. Stage 1 trains
-# everything on answers, and keeps the loss of the patches (with a fresh head), or the shapes are forgotten again.
+# everything on answers, and keeps the loss of the patches (with a fresh head), or the shapes are forgotten again. Nine in ten of its
+# answer tokens are captions, and after 190,000 conversations yes-or-no questions are still guessed: stage 2 asks mostly those.
 
 STAGE0_STEPS, STAGE0_BATCH = 1500, 64
 BATCH, PATCH_LOSS = 32, 0.3
-LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.05
+LEARNING_RATE, WEIGHT_DECAY = [2e-3, 2e-3, 1e-3], 0.05      # by stage
 PATCH_CLASSES = [len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 1, len(BACKGROUNDS)]
 
 
@@ -525,15 +540,15 @@ class Stage:
 
     def __init__(self, number, steps, warmup, floor, model):
         self.number, self.steps, self.warmup, self.floor, self.step, self.model = number, steps, warmup, floor, 0, model
-        n_parts = 4 if number == 0 else 3            # stage 1 has no use for the background
+        n_parts = 4 if number == 0 else 3            # the later stages have no use for the background
         self.classes = PATCH_CLASSES[:n_parts]
         torch.manual_seed(2 + number)
         self.head = nn.Linear(V_DIM, sum(self.classes))
-        params = list(self.head.parameters()) + [p for key, p in model.named_parameters() if number == 1 or "vision" in key]
+        params = list(self.head.parameters()) + [p for key, p in model.named_parameters() if number > 0 or "vision" in key]
         self.params = params
         self.optimizer = torch.optim.AdamW([{"params": [p for p in params if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
                                             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}],
-                                           lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True)
+                                           lr=0.0, betas=(0.9, 0.98), fused=True)
 
     def patch_loss(self, features, labels):
         loss, right = 0.0, []
@@ -553,7 +568,7 @@ class Stage:
             t = (self.step - self.warmup) / max(1, self.steps - self.warmup)
             rate = self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1, t)))
         for group in self.optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * rate
+            group["lr"] = LEARNING_RATE[self.number] * rate
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.params, 1.0)
@@ -568,6 +583,8 @@ class Stage:
         write(os.path.join(work, "checkpoint.pt"), buffer.getvalue())
 
     def load(self, state):
+        if state["steps"] != self.steps:
+            fail(f"stage {self.number} was begun with {state['steps']} steps, not {self.steps}", "give the same numbers, or another --work")
         self.step = state["step"]
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -596,12 +613,17 @@ def train(args):
         train_stage0(stage, args)
         state = None
     stage = Stage(1, math.ceil(args.samples / BATCH), 200, 0.03, model)
+    if not state or state["stage"] == 1:
+        if state:
+            stage.load(state)
+        train_answers(stage, tok, conversation, TRAIN + STAGE0_STEPS * STAGE0_BATCH, spm_path, args)
+        state = None
+    first_seed = TRAIN + STAGE0_STEPS * STAGE0_BATCH + stage.steps * BATCH + 8 * BATCH
+    head, stage = stage.head, Stage(2, math.ceil(args.drill / BATCH), 100, 0.03, model)
+    stage.head.load_state_dict(head.state_dict())
     if state:
-        if state["steps"] != stage.steps:
-            fail(f"the checkpoint in {args.work} was made with --samples {state['steps'] * BATCH}, not {args.samples}",
-                 "give the same number, or another --work")
         stage.load(state)
-    train_stage1(stage, tok, spm_path, args)
+    train_answers(stage, tok, drill, first_seed, spm_path, args)
     export(model, spm_path, args.out)
     say(f"written: {args.out}; now: python3 export/train_scenes.py eval {args.out}")
 
@@ -621,10 +643,10 @@ def train_stage0(stage, args):
             stage.save(args.work)
 
 
-def train_stage1(stage, tok, spm_path, args):
-    model, first_seed = stage.model, TRAIN + STAGE0_STEPS * STAGE0_BATCH
+def train_answers(stage, tok, talk, first_seed, spm_path, args):
+    model = stage.model
     began, first, sums = time.time(), stage.step, []
-    feed = batches(tok, stage.step, BATCH, first_seed)
+    feed = batches(tok, talk, stage.step, BATCH, first_seed)
     while stage.step < stage.steps:
         pixels, ids, targets, labels = next(feed)
         features = model.see(pixels)
@@ -636,14 +658,16 @@ def train_stage1(stage, tok, spm_path, args):
         sums.append((answer_loss.item(), patch_loss.item(), *right))
         if stage.step % 50 == 0:
             ms = 1000 * (time.time() - began) / (stage.step - first)
-            say("stage 1  step {}/{}  answers {:.4f}  patches {:.3f}  shape {:.2f} colour {:.2f} size {:.2f}  {:.0f} ms/step  {:.0f} min left"
-                .format(stage.step, stage.steps, *np.mean(sums, 0), ms, ms * (stage.steps - stage.step) / 60000))
+            say("stage {}  step {}/{}  answers {:.4f}  patches {:.3f}  shape {:.2f} colour {:.2f} size {:.2f}  {:.0f} ms/step  {:.0f} min left"
+                .format(stage.number, stage.step, stage.steps, *np.mean(sums, 0), ms, ms * (stage.steps - stage.step) / 60000))
             sums = []
         if stage.step % 250 == 0 or stage.step == stage.steps:
             stage.save(args.work)
-        if stage.step % 1000 == 0 or stage.step == stage.steps:
+        if stage.step % (1000 if stage.number == 1 else 250) == 0 or stage.step == stage.steps:
             right_ppl, wrong_ppl = perplexity(model, tok, VALIDATION, 128)
-            say(f"stage 1  {stage.step * BATCH} samples  validation captions: perplexity {right_ppl:.4f}, with a wrong picture {wrong_ppl:.2f}")
+            say(f"stage {stage.number}  {stage.step * BATCH} samples  validation captions: perplexity {right_ppl:.4f}, "
+                f"with a wrong picture {wrong_ppl:.2f}; questions: "
+                + ", ".join(f"{kind} {asked_right(model, tok, VALIDATION, 100, kind):.2f}" for kind in QUESTIONS))
             if args.early:
                 export(model, spm_path, args.early)
 
@@ -701,6 +725,14 @@ def answer(model, tok, scenes, questions, most=160, batch=50):
     return answers
 
 
+def asked_right(model, tok, first_seed, n, kind):
+    """The share of n scenes of which a question of this type is answered word for word."""
+    scenes = [make_scene(s) for s in range(first_seed, first_seed + n)]
+    asked = [test_questions(s)[list(QUESTIONS).index(kind)] for s in scenes]
+    answers = answer(model, tok, scenes, [q for q, _, _ in asked], most=16)
+    return sum(got == true for got, (_, true, _) in zip(answers, asked)) / n
+
+
 def evaluate(args):
     """The gates of a usable checkpoint: below them the metrics of compression are noise."""
     torch.set_num_threads(args.threads)
@@ -723,13 +755,10 @@ def evaluate(args):
     table.append((f"objects of {args.scenes} greedy test captions, F1", f"{f1:.3f}", ">= 0.95", f1 >= 0.95))
     table.append(("    captions without any mistake", f"{exact / len(scenes):.3f}", "", True))
 
-    scenes = [make_scene(s) for s in range(TEST, TEST + args.questions)]
-    for i, kind in enumerate(QUESTIONS):
-        asked = [test_questions(s)[i] for s in scenes]
-        answers = answer(model, tok, scenes, [q for q, _, _ in asked], most=16)
-        share = sum(got == true for got, (_, true, _) in zip(answers, asked)) / len(scenes)
+    for kind in QUESTIONS:
+        share = asked_right(model, tok, TEST, args.questions, kind)
         gate = 0.5 if kind == "count_shape" else 0.9
-        table.append((f"{len(scenes)} questions: {kind}", f"{share:.3f}", f">= {gate}", share >= gate))
+        table.append((f"{args.questions} questions: {kind}", f"{share:.3f}", f">= {gate}", share >= gate))
 
     print(f"{'':48} {'value':>8}  gate")
     for what, value, gate, passed in table:
@@ -879,10 +908,11 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
 
-    c = commands.add_parser("train", help="make the tokenizer, train both stages, export", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    c = commands.add_parser("train", help="make the tokenizer, train all stages, export", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     c.add_argument("--work", default="scenes-train", help="folder for the tokenizer and checkpoints")
     c.add_argument("--out", default="scenes-hf", help="folder for the result, in Hugging Face's format")
     c.add_argument("--samples", type=int, default=200_000, help="conversations of stage 1")
+    c.add_argument("--drill", type=int, default=48_000, help="conversations of stage 2")
     c.add_argument("--stage0-steps", type=int, default=STAGE0_STEPS, help="steps of stage 0, for trials")
     c.add_argument("--early", help="folder to export unfinished networks to, from the first one on")
     c.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads; 1 where other programs compute too: threads that wait for each other lose more than they gain")

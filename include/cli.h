@@ -5,7 +5,9 @@
 #ifndef CLI_H
 #define CLI_H
 #include <omp.h>
+#include "compare.h"
 #include "generate.h"
+#include "image.h"
 
 const Kernels *K;                // the back-end in use
 
@@ -19,7 +21,9 @@ typedef struct {
     const char *policy, *drop, *keep, *pos;
     const char *backend, *kv, *image_mode;
     int threads, device, ctx;
-    bool tokens, show_info, quiet, verbose, help;
+    bool compare, tokens, show_info, quiet, verbose, help;
+    const char *kept, *attention, *trace;
+    int attention_layer;
     const char *force, *force_ids, *logits;
 } Options;
 
@@ -61,6 +65,11 @@ static const Option option_table[] = {
     { NULL, "--ctx", COUNT, OPT(ctx), 1, 1 << 20, "N", "longest sequence (what the prompt and -n need)" },
     { NULL, "--image-mode", STRING, OPT(image_mode), 0, 0, "M", "crop or pad: how a picture becomes square (the model file's)" },
     { NULL, NULL, FLAG, 0, 0, 0, NULL, "what to show" },
+    { "-m", NULL, STRING, OPT(kept), 0, 0, "FILE.png", "what was kept, painted on the picture, a panel a layer" },
+    { NULL, "--compare", FLAG, OPT(compare), 0, 0, NULL, "the full cache's answer beside it: where they part, KL divergence and agreement a step" },
+    { NULL, "--attention", STRING, OPT(attention), 0, 0, "FILE.png", "the prompt's attention map, a panel a layer" },
+    { NULL, "--attention-layer", COUNT, OPT(attention_layer), 0, 1000, "N", "this layer alone, large (all)" },
+    { NULL, "--trace", STRING, OPT(trace), 0, 0, "FILE", "one JSON line an event: rows, plans, drops, tokens" },
     { NULL, "--tokens", FLAG, OPT(tokens), 0, 0, NULL, "print the prompt, a row a line: index, id, kind, piece; then stop" },
     { NULL, "--info", FLAG, OPT(show_info), 0, 0, NULL, "print what the model file holds and stop" },
     { "-q", NULL, FLAG, OPT(quiet), 0, 0, NULL, "nothing but the answer" },
@@ -240,6 +249,30 @@ static inline double fraction_dropped(const Options *o) {
     return NAN;
 }
 
+static inline FILE *open_output(const char *option, const char *path) {
+    FILE *f = path ? fopen(path, "wb") : NULL;
+    if (path && !f) die(NULL, "%s %s: %s", option, path, strerror(errno));
+    return f;
+}
+
+// -m, --attention, --trace: their files, opened before anything is computed.
+static inline Show show_open(const Options *o) {
+    return (Show){ .kept_path = o->kept, .attention_path = o->attention, .attention_layer = o->attention_layer, .kept = open_output("-m", o->kept),
+                   .attention = open_output("--attention", o->attention), .trace = { .f = open_output("--trace", o->trace), .path = o->trace } };
+}
+
+// A picture as the model sees it, for -m: cut or padded to a square, then scaled so that a patch has a whole number of pixels.
+static inline void show_picture(Show *s, const char *path, int mode, const Info *info, int n_images) {
+    int grid = (int)sqrt(info->image_rows + 0.5), side = (info->n_layers > 8 ? 168 : 272) / (n_images < 4 ? n_images : 4), cell = side < 4 * grid ? 4 : side / grid;
+    Image full = image_load(path), square = image_square(full, info->image_size, mode), scaled = image_resize(square, grid * cell, grid * cell, 0);
+    s->picture = realloc(s->picture, (s->n_pictures + 1) * sizeof *s->picture);
+    if (!s->picture) die(NULL, "out of memory");
+    s->grid = grid;
+    s->picture[s->n_pictures++] = (Canvas){ scaled.w, scaled.h, scaled.rgb };
+    image_free(full);
+    image_free(square);
+}
+
 static inline void catch_interrupts(int flags) {   // SA_RESTART: a blocked write goes on afterwards, and no text is lost; 0: a read ends
     struct sigaction action = { .sa_handler = on_interrupt, .sa_flags = flags };
     sigaction(SIGINT, &action, NULL);
@@ -261,7 +294,7 @@ static inline char *read_turn(size_t *len) {
 
 static inline int cli(const Arch *arch, int argc, char **argv) {
     static const char *const modes[] = { "crop", "pad" }, *const kv_types[] = { "f32", "f16" }, *const positions[] = { "true", "slot" };
-    Options o = { .n = 256, .top_p = 1, .penalty = 1, .n_answers = 1, .seed = (uint64_t)time(NULL), .policy = "full", .device = -1 };
+    Options o = { .n = 256, .top_p = 1, .penalty = 1, .n_answers = 1, .seed = (uint64_t)time(NULL), .policy = "full", .device = -1, .attention_layer = -1 };
     const char *program = argv[0];
     if (fcntl(1, F_GETFD) < 0) die(NULL, "standard output: %s", strerror(errno));
     for (int fd = 0; fd <= 2; fd++) if (fcntl(fd, F_GETFD) < 0) open("/dev/null", O_RDWR);  // else the next file opened takes its place
@@ -279,6 +312,9 @@ static inline int cli(const Arch *arch, int argc, char **argv) {
     if (o.chat && (forced || o.n_answers > 1)) die(NULL, "-c: a chat takes no --force, --force-ids or -B");
     if (o.chat && o.text_file && !strcmp(o.text_file, "-")) die("give the question with -i", "-f -: standard input already holds the chat's turns");
     if (o.n_answers > 1 && (forced || o.logits)) die(NULL, "-B %d: --force, --force-ids and --logits are for one answer", o.n_answers);
+    if (o.compare && (o.chat || o.n_answers > 1)) die(NULL, "--compare: compares one answer: not with %s", o.chat ? "-c" : "-B");
+    if (o.kept && !n_images) die("give a picture; --trace FILE writes down what was kept without one", "-m %s: there is no picture to paint on", o.kept);
+    if (o.attention_layer >= 0 && !o.attention) die("give --attention FILE.png as well", "--attention-layer %d: of which picture?", o.attention_layer);
     double ratio = fraction_dropped(&o);
     int kv_type = o.kv ? one_of("--kv", o.kv, kv_types, 2) : -1, pos = o.pos ? one_of("--pos", o.pos, positions, 2) : -1;
     int mode = o.image_mode ? one_of("--image-mode", o.image_mode, modes, 2) : -1;
@@ -292,6 +328,8 @@ static inline int cli(const Arch *arch, int argc, char **argv) {
     const Info *info = arch->info(m);
     Chain chain = policy_parse(o.policy, ratio, info->n_layers);
     if (chain.flags & RECOMPUTE && o.chat) die("take fastv", "-c: fastv:recompute keeps no cache for a chat");
+
+    if (o.attention_layer >= info->n_layers) die(NULL, "--attention-layer %d: the model has layers 0 to %d", o.attention_layer, info->n_layers - 1);
 
     size_t len = 0;
     char *text = o.text_file ? read_file("-f", o.text_file, &len) : NULL;
@@ -309,12 +347,14 @@ static inline int cli(const Arch *arch, int argc, char **argv) {
     t.ctx = o.ctx ? o.ctx : longest < info->max_positions ? longest : info->max_positions;
     if (t.prompt.n > t.ctx) die("ask for less, take fewer pictures, or a larger --ctx (at most what --info calls max_positions)", "the prompt is longer than the context: %d tokens, the longest sequence is %d", t.prompt.n, t.ctx);
 
+    Show looks = show_open(&o);
     catch_interrupts(SA_RESTART);
     for (int i = 0; i < n_images; i++) {
         double image_ms, vision_ms;
         arch->see(m, image[i], mode >= 0 ? mode : info->image_mode, &image_ms, &vision_ms);
         t.f.image_ms += image_ms;
         t.f.vision_ms += vision_ms;
+        if (o.kept) show_picture(&looks, image[i], mode >= 0 ? mode : info->image_mode, info, n_images);
     }
 
     arch->room(m, t.prompt.n > o.n_answers ? t.prompt.n : o.n_answers, o.n_answers, t.ctx);
@@ -333,9 +373,12 @@ static inline int cli(const Arch *arch, int argc, char **argv) {
     if (o.verbose) fprintf(stderr, "back-end %s, %d threads, cache %s, policy %s, template %s, positions %s, seed %llu\n", K->name, omp_get_max_threads(),
                            cache == F32 ? "f32" : "f16", chain.name[0] ? chain.name : "full", template_names[turn.template], slot ? "slot" : "true", (unsigned long long)o.seed);
 
-    bool ended = false;
+    if (o.kept || o.attention || o.trace) t.show = &looks;
+    Compare other = { 0 };
+    if (o.compare) compare_full(&other, &t, cache);
     answer_turn(&t);
-    while (o.chat && !ended) {
+    if (o.compare && !interrupts) compare_print(&other, &t, stderr);
+    while (o.chat) {
         int stopped = interrupts;
         interrupts = 0;
         size_t n;
@@ -349,10 +392,12 @@ static inline int cli(const Arch *arch, int argc, char **argv) {
         free(line);
     }
     if (t.logits_file && fclose(t.logits_file)) die("is the disk full?", "--logits %s: %s", o.logits, strerror(errno));
+    show_close(&looks);
     if (!o.quiet) print_figures(&t, stderr);
     int status = interrupts ? 130 : 0;
 
     for (int b = 0; b < o.n_answers; b++) { free(t.answer[b].seen); free(t.answer[b].id); free(t.answer[b].text); }
+    compare_free(&other);
     runs_free(t.runs);
     policy_free(&chain);
     arch->close(m);

@@ -92,7 +92,8 @@ typedef struct {
     //
     // y: (T, w.rows)   x: (T, w.cols)   bias: (w.rows,) or NULL
     // gelu(u) = u (1 + erf(u / sqrt 2)) / 2        quick_gelu(u) = u / (1 + exp(-1.702 u))
-    // Reads every weight once a pass for few rows; tiled for many.
+    // Reads every weight once a pass for few rows; tiled for many. The CPU's cut is at 64 rows: the sums of both ways differ in
+    // their order, so that a row has the same bits beside up to 63 others, and the same again beside 64 and more.
     void (*matmul)(float *y, const float *x, Mat w, const float *bias, Act act, bool add, int T);
 
     // ------------------------------------------------------------------------

@@ -48,6 +48,8 @@ struct Run {
     Head *head;              // (n_layers, n_kv_heads)
     float merge_self;        // 0 on entry. 0: mean and weighted; 0.5 with w = 0.5: LOOK-M's pivot
     bool renumber;           // false on entry. StreamingLLM: after the plan, turn kept keys to their slot's position
+    int room;                // tokens to come on entry, after the prompt: places that every head gets beyond what stays. A page whose
+                             // cache grows by less says so here, and the memory is not taken
     void *mem;               // the policy's own (Policy.mem…), zero before the prompt; saved with the cache
     int n_rows;              // admit and voters only: rows about to enter the layer
     const int *row;          // admit only: (n_rows,) their token indices, ascending

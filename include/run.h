@@ -289,6 +289,7 @@ static inline size_t plan_begin(Runs *r, Run *q, bool merges, bool scores, int r
     if (scores) plan_scores(r, q);
     q->merge_self = 0;
     q->renumber = false;
+    q->room = room;
     return n;
 }
 
@@ -313,8 +314,8 @@ static inline void plan_carry_out(Runs *r, Run *q, size_t n, bool merges) {
     else K->kv_apply(r->kv, seq, r->p_keep, merge ? r->p_into : NULL, merge ? r->p_w : NULL, q->merge_self, turn);
 }
 
-// After every pass. room: how many more slots each head must be able to take (the tokens to come): the cache moves into an allocation
-// of just that size, which invalidates every pointer into its memory; -1: it stays where it is, as while decoding.
+// After every pass. room: how many tokens are to come: the cache moves into an allocation of the size that it will need, which
+// invalidates every pointer into its memory; -1: it stays where it is, as while decoding.
 static inline void compress(Runs *r, int room) {
     const Part *e = evictor(r->chain);
     for (int b = 0; b < r->rows.B; b++) {
@@ -336,7 +337,7 @@ static inline void compress(Runs *r, int room) {
             if (r->watch) r->watch(r->watch_ctx, r, q);
             plan_carry_out(r, q, n, r->prompt);
         }
-        if (room >= 0) K->kv_reserve(r->kv, s, room);
+        if (room >= 0) K->kv_reserve(r->kv, s, acts && q->room < room ? q->room : room);
     }
 }
 

@@ -24,7 +24,7 @@ typedef struct {
     int block, cells;            // tokens a cell; cells along a side
 } Show;
 
-static const Color ink = { 40, 40, 40 }, merged_color = { 255, 140, 0 };
+static const Color ink = { 40, 40, 40 }, merged_color = { 0, 185, 185 };
 static const Color kind_color[] = { { 140, 140, 150 }, { 45, 110, 220 }, { 60, 175, 95 }, { 200, 60, 60 } };   // template, text, image, answer
 static const char *const kind_label[] = { "template", "text", "image", "answer" };
 
@@ -36,17 +36,19 @@ typedef struct {
     int cols, w, h, top, gap;    // panels a row; a panel's size, its label included; height of the title
 } Sheet;
 
-enum { LABEL_H = 20, LEGEND_H = 34 };
+enum { LABEL_H = 22, LEGEND_H = 34 };
 
 // Up to 5 panels stand in one row, more in rows of 8 at most, as long as these are not too wide.
-static inline Sheet sheet_new(int n, int w, int h, const char *title) {
-    Sheet s = { .cols = n <= 5 ? n : (n + (n - 1) / 8) / ((n - 1) / 8 + 1), .w = w, .h = h + LABEL_H, .gap = 16, .top = 44 };
+static inline Sheet sheet_new(int n, int w, int h, const char *title, const char *below) {
+    Sheet s = { .cols = n <= 5 ? n : (n + (n - 1) / 8) / ((n - 1) / 8 + 1), .w = w, .h = h + LABEL_H, .gap = 16, .top = 58 };
     while (s.cols > 1 && s.cols * (s.w + s.gap) > 1900) s.cols--;
     int rows = (n + s.cols - 1) / s.cols, width = s.cols * (s.w + s.gap) + s.gap, least = text_width(title, 1) + 2 * s.gap;
-    if (least < 560) least = 560;                            // the legend
+    if (least < text_width(below, 1) + 2 * s.gap) least = text_width(below, 1) + 2 * s.gap;
+    if (least < 640) least = 640;                            // the legend
     if (width < least) width = least;
     s.c = canvas_new(width, s.top + rows * (s.h + s.gap) + LEGEND_H, WHITE);
     canvas_text(&s.c, s.gap, 16, text_width(title, 2) + 2 * s.gap <= width ? 2 : 1, BLACK, "%s", title);
+    canvas_text(&s.c, s.gap, 40, 1, ink, "%s", below);
     return s;
 }
 
@@ -61,15 +63,19 @@ static inline void sheet_panel(Sheet *s, int i, int *x, int *y, const char *form
     *x = s->gap + i % s->cols * (s->w + s->gap);
     *y = s->top + i / s->cols * (s->h + s->gap) + LABEL_H;
     int size = text_width(label, 2) <= s->w ? 2 : 1;
-    canvas_text(&s->c, *x, *y - FONT_H * size - 2, size, ink, "%s", label);
+    canvas_text(&s->c, *x, *y - FONT_H * size - 1, size, ink, "%s", label);
 }
 
+static inline void legend(Sheet *s, int *x, const char *text) {
+    canvas_text(&s->c, *x, s->c.h - LEGEND_H + 9, 1, ink, "%s", text);
+    *x += text_width(text, 1) + 12;
+}
 static inline void swatch(Sheet *s, int *x, Color c, const char *text) {
     int y = s->c.h - LEGEND_H + 6;
     canvas_rect(&s->c, *x, y, 12, 12, ink);
     canvas_rect(&s->c, *x + 1, y + 1, 10, 10, c);
-    canvas_text(&s->c, *x + 18, y + 3, 1, ink, "%s", text);
-    *x += 18 + text_width(text, 1) + 18;
+    *x += 18;
+    legend(s, x, text);
 }
 
 // ----------------------------------------------------------------------------
@@ -98,22 +104,24 @@ static inline double fates(const Show *s, const Runs *r, const Run *q, int layer
 }
 
 // Dropped patches fade into what the picture is not: a dark one into light grey, any other into dark grey.
-static inline Color faded(const Canvas *a) {
+static const Color faded[2] = { { 45, 45, 55 }, { 225, 225, 230 } };
+static inline bool is_dark(const Canvas *a) {
     double sum = 0;
     for (size_t i = 0; i < (size_t)a->w * a->h * 3; i++) sum += a->rgb[i];
-    return sum / a->w / a->h / 3 < 80 ? (Color){ 225, 225, 230 } : (Color){ 45, 45, 55 };
+    return sum / a->w / a->h / 3 < 80;
 }
 
 static inline void paint_picture(const Show *s, Canvas *c, int x, int y, int k, Fate f) {
     const Canvas *a = &s->picture[k];
     int cell = a->w / s->grid, dot = cell < 12 ? 2 : cell / 5;
-    Color gone = faded(a);
+    Color gone = faded[is_dark(a)];
     for (int j = 0; j < a->h; j++)
         for (int i = 0; i < a->w; i++) {
             int t = s->image_at[k] + j / cell * s->grid + i / cell;
             const uint8_t *p = a->rgb + ((size_t)j * a->w + i) * 3;
-            Color clear = { p[0], p[1], p[2] }, v = mix(mix(gone, clear, 0.18), clear, f.kept[t]);
-            v = mix(v, merged_color, 0.6 * f.merged[t]);
+            Color clear = { p[0], p[1], p[2] }, tinted = mix(clear, merged_color, 0.6), dim = mix(gone, clear, 0.18);
+            float kept = f.kept[t], merged = f.merged[t], rest = kept + merged;
+            Color v = mix(dim, rest > 0 ? mix(clear, tinted, merged / rest) : dim, rest);
             if (cell >= 8 && (i % cell == 0 || j % cell == 0)) v = mix(v, (Color){ 128, 128, 128 }, 0.25);         // the grid
             canvas_rect(c, x + i, y + j, 1, 1, v);
         }
@@ -129,7 +137,7 @@ static inline void paint_bar(const Show *s, Canvas *c, int x, int y, int w, int 
     for (int t = 0; t < s->n; t++) {
         if (kind[t] == IMAGE) continue;
         int y0 = (int)((double)h * at / n), y1 = (int)((double)h * (at + 1) / n), line = y1 - y0 > 3;
-        canvas_rect(c, x, y + y0, w, y1 - y0 - line, mix(mix((Color){ 225, 225, 230 }, kind_color[kind[t]], f.kept[t]), merged_color, 0.6 * f.merged[t]));
+        canvas_rect(c, x, y + y0, w, y1 - y0 - line, mix(mix(faded[1], kind_color[kind[t]], f.kept[t]), merged_color, f.merged[t]));
         at++;
     }
     for (int k = 0; k < s->n_pictures; k++) {
@@ -144,14 +152,23 @@ static inline void paint_kept(Show *s, const Runs *r, const Run *q) {
     int w = across * (side + 4) - 4, h = down * (side + 4) - 4, bar = 12, x, y;
     Fate f = { need(s->n, sizeof(float)), need(s->n, sizeof(float)), need(s->n, sizeof(float)) };
     double all = 0;
-    bool merged = false, differ = false;
+    bool merged = false, differ = false, dropped = false;
     for (int l = 0; l < r->n_layers; l++) {
         all += fates(s, r, q, l, f) / r->n_layers;
-        for (int t = 0; t < s->n; t++) { merged |= f.target[t] > 0; differ |= f.kept[t] > 0.001f && f.kept[t] < 0.999f; }
+        for (int t = 0; t < s->n; t++) {
+            merged |= f.target[t] > 0;
+            differ |= f.kept[t] > 0.001f && f.kept[t] < 0.999f;
+            dropped |= f.kept[t] + f.merged[t] < 0.999f;
+        }
     }
-    char title[400];
+    char title[400], below[400] = "";
     snprintf(title, sizeof title, "%s: kept %.4g of %d slots (%.3g %%)", r->chain->name, rint(10 * all) / 10, s->n, 100 * all / s->n);
-    Sheet sheet = sheet_new(r->n_layers, w + 6 + bar, h, title);
+    for (int i = 0; i < r->chain->n; i++) {
+        const Policy *p = r->chain->part[i].policy;
+        size_t at = strlen(below);
+        snprintf(below + at, sizeof below - at, "%s%s%s%s", at ? "; then " : "keeps ", p->keeps, *p->paper ? ", " : "", p->paper);
+    }
+    Sheet sheet = sheet_new(r->n_layers, w + 6 + bar, h, title, *below ? below : "keeps everything");
     for (int l = 0; l < r->n_layers; l++) {
         double slots = fates(s, r, q, l, f);
         sheet_panel(&sheet, l, &x, &y, "layer %d: kept %.4g of %d", l, rint(10 * slots) / 10, s->n);
@@ -159,13 +176,16 @@ static inline void paint_kept(Show *s, const Runs *r, const Run *q) {
         paint_bar(s, &sheet.c, x + w + 6, y, bar, h, q->kind, f);
     }
     x = sheet.gap;
-    swatch(&sheet, &x, faded(&s->picture[0]), "dropped");
-    if (merged) { swatch(&sheet, &x, merged_color, "merged into a dotted patch or a word"); }
-    if (differ) { canvas_text(&sheet.c, x, sheet.c.h - LEGEND_H + 9, 1, ink, "clear: kept by all heads, between: by some"); x += text_width("clear: kept by all heads, between: by some", 1) + 18; }
-    canvas_text(&sheet.c, x, sheet.c.h - LEGEND_H + 9, 1, ink, "bar:");
-    x += text_width("bar: ", 1);
-    swatch(&sheet, &x, kind_color[TEXT], "words of the question");
-    swatch(&sheet, &x, kind_color[TEMPLATE], "of the template");
+    bool fades[2] = { false };
+    for (int k = 0; k < s->n_pictures; k++) fades[is_dark(&s->picture[k])] = dropped;
+    if (fades[0]) swatch(&sheet, &x, faded[0], fades[1] ? "" : "dropped");
+    if (fades[1]) swatch(&sheet, &x, faded[1], "dropped");
+    if (differ && dropped) legend(&sheet, &x, "(between: by some heads)");
+    if (merged) swatch(&sheet, &x, merged_color, differ && !dropped ? "merged into others (between: in some heads)" : "merged into others, as the dotted ones");
+    legend(&sheet, &x, "the bar, top to bottom:");
+    swatch(&sheet, &x, kind_color[TEXT], "question");
+    swatch(&sheet, &x, kind_color[TEMPLATE], "template");
+    legend(&sheet, &x, "-- picture");
     canvas_save(&sheet.c, s->kept_path, s->kept);
     s->kept = NULL;
     free(sheet.c.rgb); free(f.kept); free(f.merged); free(f.target);
@@ -210,12 +230,12 @@ static inline void paint_attention(Show *s, const Runs *r) {
     int side = cells * px;
     char title[400];
     snprintf(title, sizeof title, "attention of %d tokens, mean over heads, blocks of %d%s%s", s->n, s->block, r->chain->n ? ", " : "", r->chain->n ? r->chain->name : "");
-    Sheet sheet = sheet_new(one ? 1 : r->n_layers, left + side, side + bottom, title);
+    Sheet sheet = sheet_new(one ? 1 : r->n_layers, left + side, side + bottom, title, "rows: who looks; columns: at whom; numbers: index of the token");
     for (int p = 0, l; (l = one ? s->attention_layer : p) < r->n_layers; p++) {
         float high = 0;
         for (int i = 0; i < cells * cells; i++) if (s->map[l][i] > high) high = s->map[l][i];
         double range = log(fmax(high, map_low * 1.01) / map_low);
-        sheet_panel(&sheet, p, &x, &y, "layer %d, to %.2g", l, high);
+        sheet_panel(&sheet, p, &x, &y, "layer %d, max %.2g", l, high);
         for (int i = 0; i < cells * cells; i++) {
             double v = log(fmax(s->map[l][i], map_low) / map_low) / range;
             Color c = s->map[l][i] < 0 ? (Color){ 200, 200, 200 } : i % cells > i / cells ? WHITE : viridis(v);
@@ -236,11 +256,10 @@ static inline void paint_attention(Show *s, const Runs *r) {
         if (one) break;
     }
     x = sheet.gap;
-    canvas_text(&sheet.c, x, sheet.c.h - LEGEND_H + 9, 1, ink, "%g", map_low);
-    x += text_width("0.0007 ", 1);
+    legend(&sheet, &x, "0.0007");
     for (int i = 0; i < 100; i++) canvas_rect(&sheet.c, x + i, sheet.c.h - LEGEND_H + 6, 1, 12, viridis(i / 99.0));
-    canvas_text(&sheet.c, x + 106, sheet.c.h - LEGEND_H + 9, 1, ink, "the layer's largest (log)");
-    x += 106 + text_width("the layer's largest (log)", 1) + 18;
+    x += 112;
+    legend(&sheet, &x, "max (log)");
     bool there[4] = { false };
     for (int t = 0; t < s->n; t++) there[kind[t]] = true;
     for (int k = 0; k < 4; k++) if (there[k]) swatch(&sheet, &x, kind_color[k], kind_label[k]);

@@ -453,7 +453,7 @@ template <class... P, class... A> static void launch(const char *name, dim3 grid
 #define DYNAMIC_SHARED(name) char *name = emu::dynamic_shared
 
 static inline cudaError_t cudaGetDeviceCount(int *n) { *n = emu::n_devices; return 0; }
-static inline cudaError_t cudaGetDevice(int *n) { *n = 0; return 0; }
+static inline cudaError_t cudaSetDevice(int n) { return n ? cudaErrorInvalidValue : cudaSuccess; }
 static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     memset(p, 0, sizeof *p);
     strcpy(p->name, "this CPU");

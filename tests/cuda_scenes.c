@@ -102,7 +102,7 @@ int main(int argc, char **argv) {
         const char *policy = argc > 1 ? argv[i + 1] : all[i];
         double worst = 0, worst_gap = 0;
         int same = 0, steps = 0;
-        for (int k = 0; k < (EMULATION && argc == 1 ? 1 : 2); k++) {
+        for (int k = 0; k < (EMULATION ? 1 : 2); k++) {
             for (int b = 0; b < 2; b++) {
                 K = back_end[b];
                 Chain chain = policy_parse(policy, strstr(policy, "r=") ? NAN : 0.5, m[b]->config.n_layers);
@@ -127,7 +127,7 @@ int main(int argc, char **argv) {
         printf("%-28s logits within %.1e; the same slots after %d of %d steps", policy, worst, same, steps);
         if (worst_gap > 0) printf(", scores within %.1e where not", worst_gap);
         printf("\n");
-        check(worst < 1e-3, "%s: logits differ by %g", policy, worst);       // 4 layers of sums in another order
+        check(worst < 1e-4, "%s: logits differ by %g", policy, worst);       // sums in another order, 4 layers deep: 6e-6 was seen
         check(worst_gap < 1e-5, "%s: other slots were kept, although their scores differ by %g", policy, worst_gap);
     }
     return finish();

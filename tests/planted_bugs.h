@@ -136,7 +136,7 @@ static void test_planted_bugs() {
     CAUGHT(run_aligned, 1); CAUGHT(run_aligned, 2); CAUGHT(run_aligned, 3);
     CAUGHT(run_copy, 1); CAUGHT(run_copy, 2); CAUGHT(run_start, 1);
 
-    // the machine's errors: each ends the program, with a line that says why
+    // the machine's errors: no device or too old a one is NULL; the others end the program, with a line that says why
     check(!survives([] { emu::free_bytes = emu::used_bytes + (1 << 20); K->alloc(2 << 20); return true; }), "an allocation larger than the memory succeeded");
     check(!survives([] {
         KV *kv = K->kv_new(1, 1, 16, 1, F32);

@@ -21,13 +21,19 @@ import subprocess
 import sys
 import tempfile
 import termios
+import threading
 import time
+import traceback
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 if len(sys.argv) != 3:
     sys.exit("usage: python3 tests/test_cli.py build/llava MODEL.bin")
 PROGRAM, MODEL = map(os.path.abspath, sys.argv[1:])
 DIR = tempfile.mkdtemp(prefix="test_cli.")
+HERE = threading.local()                            # .dir: where a test's files lie; two tests run side by side
+HERE.dir = DIR
+LOCK = threading.Lock()
 # Threads that wait must not spin: whatever else runs here would pay for it.
 ENV = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
 LEAKS_ALLOWED = {**ENV, "ASAN_OPTIONS": "detect_leaks=0:" + os.environ.get("ASAN_OPTIONS", "")}   # who ends early frees nothing
@@ -36,16 +42,17 @@ passed = failed = 0
 
 def check(ok, name, detail=""):
     global passed, failed
-    if ok:
-        passed += 1
-    else:
-        failed += 1
-        print(f"FAILED {name}" + (f": {detail}" if detail else ""), flush=True)
+    with LOCK:
+        if ok:
+            passed += 1
+        else:
+            failed += 1
+            print(f"FAILED {name}" + (f": {detail}" if detail else ""), flush=True)
     return ok
 
 
 def path(name, data=None):
-    p = os.path.join(DIR, name)
+    p = os.path.join(HERE.dir, name)
     if data is not None:
         with open(p, "wb") as f:
             f.write(data if isinstance(data, bytes) else data.encode())
@@ -58,7 +65,7 @@ def run(*args, stdin=b"", model=None, env=None, **more):
         env = LEAKS_ALLOWED if {"--tokens", "--info"} & set(args) else ENV
     args = [PROGRAM] + ([] if model is False else [model or MODEL]) + [str(a) for a in args]
     try:
-        return subprocess.run(args, input=stdin, capture_output=True, timeout=60, env=env, cwd=DIR, **more)
+        return subprocess.run(args, input=stdin, capture_output=True, timeout=60, env=env, cwd=HERE.dir, **more)
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(args, "timeout", b"", b"")
 
@@ -485,44 +492,41 @@ def test_answers():
 # chat: further turns join the cache, and the logits are those of the whole conversation in one go
 
 def test_chat():
-    turns = ["How many shapes are there?", "And the background?"]
+    first, second = "How many shapes are there?", "And the background?"
     for template in ("hf", "vicuna_v1", "milebench", "plain", "raw"):
-        for n in (3, 60):                                   # cut by -n; ended by the model, if it ends
-            if ROOM < IMAGE_ROWS + 3 * n + 150:
-                continue
-            args = [OTHER, "--template", template, "-i", turns[0], "-n", n]
-            r, rows = logits_of(*args, "-c", stdin="\n".join(turns[1:]).encode() + b"\n")
+        for cut, prefix in ((True, 1), (False, 1), (False, 0)):
+            # an answer that -n cuts, and one that the model ends: what it says first is made its </s>
+            args = [OTHER, "--template", template, "-i", first, "-n", 4]
+            greedy = [argmax(row) for row in logits_of(*args)[1]]
+            fields = {"prefix_after_special": prefix, "eos_id": EOS if cut else [id for i, id in enumerate(greedy) if id not in greedy[:i]][-1]}
+            if not cut:
+                args[-1] = 9
+            data = bytearray(BYTES)
+            for name, value in fields.items():
+                struct.pack_into("<q", data, FIELDS[name][0] + 48, value)
+            model, eos = path("chat.bin", bytes(data)), fields["eos_id"]
+            r, rows = logits_of(*args, "-c", stdin=second.encode() + b"\n", model=model)
             ids = [argmax(row) for row in rows]
-            first = run(*args)
-            k = int(figures(first)["new_tokens"]) if first.returncode == 0 else 0
-            lines = r.stdout.decode(errors="replace")
-            ok = check(r.returncode == 0 and lines == decode(ids[:k]) + "\n" + decode(ids[k:]) + "\n", f"-c {template}: two answers", f"{lines!r}, {r.stderr!r}")
-            if not ok or not 0 < k < len(ids):
-                continue
+            k = ids.index(eos) + 1 if eos in ids[:args[-1]] else args[-1]
             a1, a2 = ids[:k], ids[k:]
-            a1 = a1[:-1] if a1[-1] == EOS else a1
-            ends = {"hf": [], "plain": [], "raw": []}.get(template, [EOS] + ([BOS] if template == "milebench" else []))
-            said = {"milebench": f"[INST] {turns[1]} [/INST]", "plain": turns[1], "raw": turns[1]}.get(template, f"USER: {turns[1]} ASSISTANT:")
-            between = ends + encode(said, F["prefix_after_special"] == 1 if ends else True)
-            whole = a1 + between + a2
-            _, want = logits_of(*args, "--force-ids", path("ids", " ".join(map(str, whole))))
-            got = rows[:len(a1)] + rows[k:]
-            want = want[:len(a1)] + want[len(a1) + len(between):]
+            spoken = [[i for i in a if i != eos] for a in (a1, a2)]
+            lines, name = r.stdout.decode(errors="replace"), f"-c {template}, {'cut' if cut else f'ended, prefix_after_special {prefix}'}"
+            if not check(r.returncode == 0 and a2 and lines == "".join(decode(a) + "\n" for a in spoken), f"{name}: two answers", f"{lines!r}, {r.stderr!r}"):
+                continue
+            ends = {"hf": [], "plain": [], "raw": []}.get(template, [eos] + ([BOS] if template == "milebench" else []))
+            said = {"milebench": f"[INST] {second} [/INST]", "plain": second, "raw": second}.get(template, f"USER: {second} ASSISTANT:")
+            between = ends + encode(said, prefix == 1 if ends else True)
+            _, want = logits_of(*args, "--force-ids", path("ids", " ".join(map(str, spoken[0] + between + a2))), model=model)
+            n = len(spoken[0])
+            got, want = rows[:n] + rows[k:], want[:n] + want[n + len(between):]
             worst = max((distance(x, y) for x, y in zip(got, want)), default=9)
-            check(len(got) == len(want) and worst < 1e-4, f"-c {template} -n {n}: logits as of one sequence", f"{len(got)} and {len(want)} rows, relative L2 {worst:.1e}")
+            check(len(got) == len(want) and worst < 1e-4, f"{name}: logits as of one sequence", f"{len(got)} and {len(want)} rows, relative L2 {worst:.1e}")
             f = figures(r)
-            n_first = len(expected_rows(first_turn(template, turns[0], 1)))
-            n_second = len(between) + (a1 == ids[:k])       # the last token of an answer is fed with the next turn, unless it is </s>
-            check(f["prompt_tokens"] == n_first + n_second and f["new_tokens"] == len(ids) and f["image_tokens"] == IMAGE_ROWS, f"-c {template}: figures of both turns", f"{r.stderr!r}")
-            check(f["slots_seen"] == n_first + k - 1 + n_second + len(a2) - 1, f"-c {template}: slots of both turns", f"{r.stderr!r}")
+            n_first = len(expected_rows(first_turn(template, first, 1)))
+            n_second = len(between) + (eos not in a1)       # the last token of an answer is fed with the next turn, unless it is </s>
+            check(f["prompt_tokens"] == n_first + n_second and f["new_tokens"] == len(ids) and f["image_tokens"] == IMAGE_ROWS, f"{name}: figures of both turns", f"{r.stderr!r}")
+            check(f["slots_seen"] == n_first + k - 1 + n_second + len(a2) - 1, f"{name}: slots of both turns", f"{r.stderr!r}")
 
-    for value in (0, 1):                                    # text after </s>, with SentencePiece's blank in front or without
-        at = FIELDS["prefix_after_special"][0] + 48
-        p = path("prefix.bin", BYTES[:at] + struct.pack("<q", value) + BYTES[at + 8:])
-        r = run("-i", "hi", "-n", "1", "--template", "vicuna_v1", "-c", stdin=b"Why?\n", model=p)
-        n = len(expected_rows(first_turn("vicuna_v1", "hi", 0))) + 2 + len(encode("USER: Why? ASSISTANT:", bool(value)))
-        check(figures(r)["prompt_tokens"] in (n, n - 1), f"-c: prefix_after_special {value}", f"{r.stderr!r}, {n} tokens")
-        os.remove(p)
     r = run("-i", "hi", "-n", "3", "-c", stdin=b"\r\n\nlast line without an end")
     check(r.returncode == 0 and r.stdout.count(b"\n") >= 4, "-c: empty lines, and a last one without a newline", f"{r.stdout!r} {r.stderr!r}")
     r = run("-i", "hi", "-n", "3", "-c", stdin=b"")
@@ -678,7 +682,7 @@ def test_model_files():
         damaged(f"{name}: rows", (at + 68, "I", rows + 1), says=name)
         damaged(f"{name}: columns", (at + 72, "I", cols + 64), says=name)
         damaged(f"{name}: 2^32 - 1 rows and columns", (at + 68, "Q", 2 ** 64 - 1), says=name)
-        damaged(f"{name}: not aligned", (at + 80, "Q", offset + 4), says=name)
+        damaged(f"{name}: not aligned", (at + 80, "Q", offset + 4), says=[name, "aligned"])
         damaged(f"{name}: past the end", (at + 80, "Q", len(BYTES) // 64 * 64), says=name)
         damaged(f"{name}: far past the end", (at + 80, "Q", 2 ** 64 - 64), says=name)
         damaged(f"{name}: over the header", (at + 80, "Q", 64), says="overlap")
@@ -732,7 +736,7 @@ def blocked(*args):
     size = fcntl.fcntl(w, getattr(fcntl, "F_SETPIPE_SZ", 1031), 4096)
     filler = b"." * (size - 12)
     os.write(w, filler)
-    p = subprocess.Popen([PROGRAM, MODEL, *args], stdin=subprocess.DEVNULL, stdout=w, stderr=subprocess.PIPE, env=ENV, cwd=DIR)
+    p = subprocess.Popen([PROGRAM, MODEL, *args], stdin=subprocess.DEVNULL, stdout=w, stderr=subprocess.PIPE, env=ENV, cwd=HERE.dir)
     os.close(w)
     for _ in range(1000):                                   # until the first text has come
         waiting = struct.unpack("i", fcntl.ioctl(r, termios.FIONREAD, bytes(4)))[0]
@@ -782,7 +786,8 @@ def test_interrupts():
     select.select([p.stderr], [], [], 0.1)
     p.send_signal(signal.SIGINT)
     try:
-        out, err = p.communicate(timeout=10)
+        p.wait(10)                                          # standard input stays open: it is the signal that ends the waiting
+        out, err = p.communicate()
         check(p.returncode == 130 and LINE.search(err), "Ctrl-C while a chat waits: status 130, the last line", f"{p.returncode} {err!r}")
     except subprocess.TimeoutExpired:
         p.kill()
@@ -812,12 +817,20 @@ def test_interrupts():
     check(b"Sanitizer" not in q.stderr, "a reader that goes away", f"{q.stderr!r}")
 
 
-try:
-    for test in (test_options, test_prompts, test_answers, test_chat, test_policies, test_pictures, test_model_files, test_interrupts):
-        start = time.time()
+def one(test):
+    HERE.dir = tempfile.mkdtemp(dir=DIR)
+    start = time.time()
+    try:
         test()
-        if "TIMES" in os.environ:
-            print(f"{test.__name__}: {time.time() - start:.1f} s")
+    except Exception:
+        check(False, test.__name__, traceback.format_exc())
+    if "TIMES" in os.environ:
+        print(f"{test.__name__}: {time.time() - start:.1f} s", flush=True)
+
+
+try:
+    with ThreadPoolExecutor(2) as pool:                     # the slow ones first
+        list(pool.map(one, (test_policies, test_chat, test_model_files, test_answers, test_options, test_prompts, test_pictures, test_interrupts)))
 finally:
     shutil.rmtree(DIR)
 print(f"{passed} passed, {failed} failed")

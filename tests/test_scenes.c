@@ -69,6 +69,7 @@ static double perplexity(Model *m, const char *policy, double ratio, int shift) 
             Prompt p = { 0 };
             prompt(m, &p, &turn);
             float *one = rows[(first + s + shift) % N_CAPTIONS];
+            r->seq[s].seed = first + s;           // a choice by lot for each caption
             m->image = &one;
             pass_prompt(r, s, p.id, p.kind, p.n);
             forward(m, r, &p, NULL, 1, logits);
