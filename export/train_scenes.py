@@ -911,7 +911,7 @@ def main():
     c = commands.add_parser("train", help="make the tokenizer, train all stages, export", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     c.add_argument("--work", default="scenes-train", help="folder for the tokenizer and checkpoints")
     c.add_argument("--out", default="scenes-hf", help="folder for the result, in Hugging Face's format")
-    c.add_argument("--samples", type=int, default=200_000, help="conversations of stage 1")
+    c.add_argument("--samples", type=int, default=190_016, help="conversations of stage 1")
     c.add_argument("--drill", type=int, default=48_000, help="conversations of stage 2")
     c.add_argument("--stage0-steps", type=int, default=STAGE0_STEPS, help="steps of stage 0, for trials")
     c.add_argument("--early", help="folder to export unfinished networks to, from the first one on")
