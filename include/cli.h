@@ -245,7 +245,7 @@ static inline void choose_backend(const Options *o) {
 static inline double fraction_dropped(const Options *o) {
     if (o->drop && o->keep) die("give one of the two", "-r %s and -k %s: both say how much is dropped", o->drop, o->keep);
     if (o->drop) return parse_real("-r", o->drop, 0, 1);
-    if (o->keep) return rint(1e12 * (1 - parse_real("-k", o->keep, 0, 1))) / 1e12;   // -k 0.7 is the double of -r 0.3
+    if (o->keep) return ratio_of_keep(parse_real("-k", o->keep, 0, 1));
     return NAN;
 }
 

@@ -271,7 +271,9 @@ static inline Image image_load(const char *path) {
             if (!(data = realloc(data, room))) die(hint, "%s: out of memory for %zu bytes", path, room);
         }
         got = fread(data + n, 1, room - n, file);
+        if (n == 0 && got >= 8 && memcmp(data, "\xff\xd8", 2) && memcmp(data, "\x89PNG\r\n\x1a\n", 8)) break;   // no need to read a film to the end
     }
+    if (!n) n = got;
     if (ferror(file)) die(hint, "%s: %s", path, strerror(errno));
     fclose(file);
     Image image = {0};

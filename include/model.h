@@ -81,7 +81,8 @@ static inline void model_check(ModelFile *f) {
     if (h->file_bytes != f->size)
         die("the file is truncated or damaged: copy or " MODEL_HINT, "%s: %zu bytes, its header says %llu", f->path, f->size, (unsigned long long)h->file_bytes);
     if (!terminated(h->arch, sizeof h->arch)) die(MODEL_HINT, "%s: the architecture has no name", f->path);
-    uint64_t head = 64 + 64 * (uint64_t)h->n_fields + 128 * (uint64_t)h->n_tensors;    // cannot overflow: the counts are 32 bit
+    if (h->n_fields > 1024 || h->n_tensors > 16384) die(MODEL_HINT, "%s: %u fields and %u tensors are more than any model has", f->path, h->n_fields, h->n_tensors);
+    uint64_t head = 64 + 64 * (uint64_t)h->n_fields + 128 * (uint64_t)h->n_tensors;
     if (head > f->size) die(MODEL_HINT, "%s: %u fields and %u tensors do not fit into the file", f->path, h->n_fields, h->n_tensors);
     f->field = (const Field *)(f->data + 64);
     f->tensor = (const Tensor *)(f->data + 64 + 64 * (size_t)h->n_fields);

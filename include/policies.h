@@ -131,6 +131,6 @@ void policy_help(FILE *out);                         // the table of `-p help`
 extern const Policy policies[];                      // ends with a row whose name is NULL
 
 // -k K, the fraction kept, as the fraction dropped: the decimal next to 1 - K, so that -k 0.3 is -r 0.7 to the last bit.
-static inline double ratio_of_keep(double keep) { return rint(1000 * (1 - keep)) / 1000; }
+static inline double ratio_of_keep(double keep) { return rint(1e12 * (1 - keep)) / 1e12; }
 
 #endif

@@ -2,7 +2,9 @@
 // of it kept in arrays, some thousand operations long. Tolerances: float sums of n terms of size 1 are off by about
 // 6e-8 sqrt(n) terms, and up to a few times that in the worst of many; where a number is larger, the reason stands beside it.
 
+#include <malloc.h>
 #include <omp.h>
+#include <sys/wait.h>
 #include <unistd.h>
 #include "kernels.h"
 #include "reference.h"
@@ -49,6 +51,101 @@ static Mat random_mat(Type type, int rows, int cols) {
 static void free_mat(Mat w) { K->release((void *)w.data); K->release((void *)w.scale); }
 
 // ----------------------------------------------------------------------------
+// memory, and how the program ends where it must. Each such end is tried in a child process, before any thread was started.
+
+static void grow_nothing(void) { K->alloc((size_t)1 << 60); }
+static void wrong_type(void) { K->kv_new(1, 1, 16, 1, BF16); }
+static void append_rows(KV *kv, int seq, int T) {             // T rows of zeros, from position 0 on
+    int *id = need(T, 4), *s = need(T, 4), *pos = need(T, 4);
+    float *qkv = need((size_t)T * 3 * 16, 4);
+    for (int t = 0; t < T; t++) { pos[t] = t; s[t] = seq; }
+    K->kv_append(kv, 0, qkv, &(Rows){ T, 1, id, s, pos, pos }, 1);
+    free(id); free(s); free(pos); free(qkv);
+}
+static void append_unreserved(void) { append_rows(K->kv_new(1, 1, 16, 2, F32), 1, 1); }
+static void append_too_many(void) {
+    KV *kv = K->kv_new(1, 1, 16, 2, F16);
+    K->kv_reserve(kv, 1, 5);
+    append_rows(kv, 1, 6);
+}
+static void append_to_cleared(void) {
+    KV *kv = K->kv_new(1, 1, 16, 2, F16);
+    K->kv_reserve(kv, 0, 5);
+    append_rows(kv, 0, 2);
+    K->kv_clear(kv, 0);
+    append_rows(kv, 0, 1);
+}
+static void append_just_enough(void) {
+    KV *kv = K->kv_new(1, 1, 16, 2, F16);
+    K->kv_reserve(kv, 1, 5);
+    append_rows(kv, 1, 5);
+    exit(7);
+}
+
+static int end_of(void (*f)(void), char *said, int room) {      // exit status of a child that runs f, and its standard error
+    int fd[2], status = 0, n = 0, got;
+    if (pipe(fd)) return -1;
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        omp_set_num_threads(1);
+        dup2(fd[1], 2);
+        close(fd[0]);
+        f();
+        _exit(0);
+    }
+    close(fd[1]);
+    while (n < room - 1 && (got = (int)read(fd[0], said + n, room - 1 - n)) > 0) n += got;
+    said[n] = 0;
+    close(fd[0]);
+    waitpid(child, &status, 0);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+static void test_ends(void) {
+    char said[4000];
+    struct { const char *name, *word; void (*f)(void); } must[] = {
+        { "appending with no reservation", "full", append_unreserved }, { "appending one row too many", "full", append_too_many },
+        { "appending after clear", "full", append_to_cleared }, { "a bf16 cache", "cache type", wrong_type },
+    };
+    for (int i = 0; i < 4; i++) {
+        int status = end_of(must[i].f, said, sizeof said);
+        check(status == 1 && strncmp(said, "error: ", 7) == 0 && strstr(said, must[i].word), "%s: status %d, said \"%s\"", must[i].name, status, said);
+    }
+    int status = end_of(append_just_enough, said, sizeof said);
+    check(status == 7 && !*said, "appending just enough: status %d, said \"%s\"", status, said);
+    status = end_of(grow_nothing, said, sizeof said);            // a sanitizer's allocator ends the program in its own way
+    check(status != 0 && strcasestr(said, "error"), "an impossible allocation: status %d, said \"%s\"", status, said);
+}
+
+static void test_memory(void) {
+    for (size_t n = 1; n < 1 << 20; n = n * 3 + 1) {
+        char *p = K->alloc(n), *q = need(n, 1);
+        bool zero = true;
+        for (size_t i = 0; i < n; i++) { zero &= !p[i]; q[i] = (char)i; }
+        check(zero && (uintptr_t)p % 64 == 0, "alloc of %zu bytes: zeroed, at a multiple of 64", n);
+        K->put(p, q, n);
+        memset(q, 0, n);
+        K->get(q, p, n);
+        bool back = true;
+        for (size_t i = 0; i < n; i++) back &= q[i] == (char)i;
+        check(back, "put and get of %zu bytes", n);
+        memset(p, 0xff, n);
+        K->release(p);
+        free(q);
+    }
+    K->release(NULL);
+    uint16_t scale = 0, data = 0;
+    Mat w = K->weight(Q8_0, 3, 96, &data, &scale);
+    check(w.type == Q8_0 && w.rows == 3 && w.cols == 96 && w.row_bytes == 128 && w.data == &data && w.scale == &scale, "weight: q8_0 3 x 96");
+    w = K->weight(F16, 5, 33, &data, NULL);
+    check(w.type == F16 && w.rows == 5 && w.cols == 33 && w.row_bytes == 128 && w.data == &data && !w.scale, "weight: f16 5 x 33");
+    K->record(5);
+    K->stop();
+    check(!K->replay(5), "replay: the CPU has no graphs");
+}
+
+// ----------------------------------------------------------------------------
 // f16: all 65,536 of them in, and numbers that need rounding out, by the fast line and by the plain one
 
 static void test_f16(const Kernels *k) {
@@ -78,6 +175,36 @@ static void test_f16(const Kernels *k) {
     check(wrong == 0, "%s: %d of %d floats were rounded to f16 wrongly", k == &cpu ? "fast" : "plain", wrong, d);
     k->kv_free(kv);
     k->release(table); k->release(y); k->release(qkv); k->release(back);
+}
+
+// Single weights through matmul, which reads them in its own ways: x has a single 1 in each row, y is a column of w for each. All
+// finite f16 and bf16, all int8 with scales from subnormal to large; as many rows at once as go past either kind of matmul, and one.
+static void test_weights(const Kernels *k) {
+    enum { N = 65536, T = 96 };
+    uint16_t *half = k->alloc(N * 2), *brain = k->alloc(N * 2), *scale = k->alloc(1024 * 64);
+    int8_t *q = k->alloc(1024 * 64);
+    float *x = k->alloc(T * 32 * 4), *y = k->alloc((size_t)T * (N / 32) * 4);
+    for (int t = 0; t < T; t++) x[t * 32 + t % 32] = 1;
+    for (int i = 0; i < N; i++) {
+        half[i] = (uint16_t)((i >> 10 & 31) == 31 ? 0x3c00 : i);       // no infinity: it would meet zeros
+        brain[i] = (uint16_t)((i >> 7 & 255) == 255 ? 0x3f80 : i);
+    }
+    for (int o = 0; o < 1024; o++) {
+        scale[o * 32] = (uint16_t)(o * 31);
+        for (int c = 0; c < 32; c++) q[o * 64 + c] = (int8_t)(o * 32 + c);
+    }
+    Mat w[] = { k->weight(F16, N / 32, 32, half, NULL), k->weight(BF16, N / 32, 32, brain, NULL), k->weight(Q8_0, 1024, 32, q, scale) };
+    int Ts[] = { T, 32, 1 };
+    for (int i = 0; i < 9; i++) {
+        Mat m = w[i / 3];
+        int n = Ts[i % 3], wrong = 0;
+        for (int t0 = 0; t0 < 32; t0 += n) {
+            k->matmul(y, x + t0 * 32, m, NULL, ACT_NONE, false, n);
+            for (int t = 0; t < n; t++) for (int o = 0; o < m.rows; o++) wrong += y[(size_t)t * m.rows + o] != (float)weight_ref(m, o, (t0 + t) % 32);
+        }
+        check(wrong == 0, "%s: matmul of %d rows read %d weights of type %d wrongly", k == &cpu ? "fast" : "plain", n, wrong, m.type);
+    }
+    k->release(half); k->release(brain); k->release(scale); k->release(q); k->release(x); k->release(y);
 }
 
 // ----------------------------------------------------------------------------
@@ -582,14 +709,262 @@ static void test_threads(Type type, int T, int n_heads, int n_kv_heads, int head
     free(zero); free(pos); free(keep);
 }
 
+// ----------------------------------------------------------------------------
+// what random numbers do not meet: rows of zeros, magnitudes, odd addresses, rows alone, fences behind an output
+
+// Norms of a row of zeros, of rows near eps and of large ones; in place; a row alone. silu where exp overflows or vanishes.
+static void test_edges(int dim) {
+    enum { T = 4 };
+    float *x = floats((size_t)2 * T * dim, 1), *w = floats(dim, 1), *b = floats(dim, 1), *y = K->alloc((size_t)(T * dim + 1) * 4), *z = K->alloc((size_t)T * dim * 4);
+    double *want = doubles((size_t)T * dim);
+    size_t n = (size_t)T * dim;
+    const float g[] = { 0, -0.0f, 20, -20, 87, -87, 88.5f, -88.5f, 89, -89, 104, -104, 1000, -1000, 3e38f, -3e38f, 1e-30f, -1e-30f };
+    for (int i = 0; i < dim; i++) { x[i] = 0; x[dim + i] *= 1e-4f; x[2 * dim + i] *= 1e6f; }
+    for (int layer = 0; layer < 2; layer++) {
+        bool alone = true;
+        y[n] = 7;
+        if (layer) { layernorm_ref(want, x, w, b, T, dim, 1e-5f); K->layernorm(y, x, w, b, T, dim, 1e-5f); }
+        else       { rmsnorm_ref(want, x, w, T, dim, 1e-5f);      K->rmsnorm(y, x, w, T, dim, 1e-5f); }
+        check_close(layer ? "layernorm at the edges" : "rmsnorm at the edges", y, want, n, 5e-6);
+        check(y[n] == 7, "norm of %d: wrote past its output", dim);
+        for (int t = 0; t < T; t++) {
+            memcpy(z, x + (size_t)t * dim, dim * 4);                                   // in place and alone at once
+            if (layer) K->layernorm(z, z, w, b, 1, dim, 1e-5f); else K->rmsnorm(z, z, w, 1, dim, 1e-5f);
+            alone &= same(z, y + (size_t)t * dim, dim * 4);
+        }
+        check(alone, "norm of %d: other bits in place and alone", dim);
+    }
+    for (int i = 0; i < 18 && i < dim; i++) { x[i] = g[i]; x[dim + i] = 0.5f; }        // 0.5: 3e38 must not overflow
+    silu_mul_ref(want, x, T, dim);
+    K->silu_mul(y, x, T, dim);
+    check_close("silu_mul at the edges", y, want, n, 1e-6);
+    K->release(x); K->release(w); K->release(b); K->release(y); K->release(z);
+    free(want);
+}
+
+// Every act with and without bias and add; odd addresses; nothing before or behind the output is touched.
+static void test_matmul_ends(Type type, int rows, int cols) {
+    Mat w = random_mat(type, rows, cols);
+    float *x = floats((size_t)66 * cols + 1, 1), *bias = floats(rows + 1, 1), *y0 = floats((size_t)66 * rows, 1), *y = K->alloc((size_t)(66 * rows + 2) * 4);
+    double *want = doubles((size_t)66 * rows);
+    for (int i = 0; i < 36; i++) {
+        int T = i / 12 == 0 ? 1 : i / 12 == 1 ? 17 : 66;
+        Act act = (Act)(i % 3);
+        const float *b = i / 3 % 2 ? bias + 1 : NULL;
+        bool add = i / 6 % 2;
+        matmul_ref(want, add ? y0 : NULL, x + 1, w, b, act, T);
+        y[0] = y[T * rows + 1] = 7;
+        memcpy(y + 1, y0, (size_t)T * rows * 4);
+        K->matmul(y + 1, x + 1, w, b, act, add, T);
+        char name[100];
+        snprintf(name, sizeof name, "matmul type %d, %d x %d, T %d, act %d, bias %d, add %d", type, rows, cols, T, act, b != NULL, add);
+        check_close(name, y + 1, want, (size_t)T * rows, 3e-6);
+        check(y[0] == 7 && y[T * rows + 1] == 7, "%s: wrote beside its output", name);
+    }
+    K->release(x); K->release(bias); K->release(y0); K->release(y);
+    free(want);
+    free_mat(w);
+}
+
+// Rows that lie apart and at odd addresses; logits of hundreds (an error of a logit is a relative error of its weight); a query alone.
+static void test_attend_apart(int Tq, int Tk, int n_heads, int head_dim, double size) {
+    int dim = n_heads * head_dim, qs = dim + 3, ks = 2 * dim + 5;
+    float *q = floats((size_t)Tq * qs + 1, size), *kv = floats((size_t)Tk * ks + 1, 1), *o = K->alloc((size_t)(Tq * dim + 1) * 4), *one = K->alloc(dim * 4);
+    double *want = doubles((size_t)Tq * dim);
+    bool alone = true;
+    o[Tq * dim] = 7;
+    attend_ref(want, q + 1, qs, kv + 1, kv + 1 + dim, ks, Tq, Tk, n_heads, head_dim);
+    K->attend(o, q + 1, qs, kv + 1, kv + 1 + dim, ks, Tq, Tk, n_heads, head_dim);
+    check_close("attend, rows apart", o, want, (size_t)Tq * dim, 3e-6 * size);
+    for (int t = 0; t < Tq; t++) {
+        K->attend(one, q + 1 + (size_t)t * qs, qs, kv + 1, kv + 1 + dim, ks, 1, Tk, n_heads, head_dim);
+        alone &= same(one, o + (size_t)t * dim, dim * 4);
+    }
+    check(alone && o[Tq * dim] == 7, "attend %d x %d: a query alone has other bits, or something was written past the output", Tq, Tk);
+    K->release(q); K->release(kv); K->release(o); K->release(one);
+    free(want);
+}
+
+// Lengths of 0 and below 1e-12, which the definition replaces by 1e-12
+static void test_cosine_edges(void) {
+    enum { D = 33, N = 3 };
+    float *a = floats(N * D, 1), *b = floats(N * D, 1), c[N * N];
+    double want[N * N];
+    for (int i = 0; i < D; i++) { a[i] = 0; a[D + i] *= 1e-15f; b[i] *= 1e15f; b[D + i] = 1e-3f * a[2 * D + i]; }
+    for (int i = 0; i < N * N; i++) want[i] = cosine_ref(a + i / N * D, b + i % N * D, D);
+    K->cosine(c, a, N, b, N, D);
+    check_close("cosine at the edges", c, want, N * N, 1e-6);
+    K->release(a); K->release(b);
+}
+
+// A prompt in parts of two rows and more has the bits of the whole. (One row alone goes the way of a decode step.) Logits of
+// hundreds, which exp would not survive without the largest taken off. And the rows that n queries voted for, NULL where not asked.
+static void test_prompt_parts(Type type, int n_heads, int n_kv_heads, int head_dim, double size) {
+    enum { T = 150 };
+    size_t width = (size_t)(n_heads + 2 * n_kv_heads) * head_dim, wide = (size_t)n_heads * head_dim;
+    float *qkv = floats(T * width, 1), *o = K->alloc(T * wide * 4), *lse = K->alloc((size_t)T * n_heads * 4), *o2 = K->alloc(T * wide * 4), *lse2 = K->alloc((size_t)T * n_heads * 4);
+    double *want = doubles(T * wide), *want_lse = doubles((size_t)T * n_heads);
+    int zero[T] = {0}, pos[T];
+    for (int t = 0; t < T; t++) { pos[t] = t; for (size_t i = 0; i < wide; i++) qkv[t * width + i] *= (float)size; }
+    Rows rows = { T, 1, zero, zero, pos, pos };
+    KV *kv = K->kv_new(1, n_kv_heads, head_dim, 1, type);
+    RefKV ref = ref_new(1, n_kv_heads, head_dim, 1, type);
+    K->kv_reserve(kv, 0, T);
+    ref_reserve(&ref, 0, T);
+    K->kv_append(kv, 0, qkv, &rows, n_heads);
+    ref_append(&ref, 0, qkv, &rows, n_heads);
+    K->kv_attend(o, lse, kv, 0, qkv, &rows, n_heads, NULL, true);                  // vote: decode rows alone do
+    ref_attend(want, want_lse, &ref, 0, qkv, &rows, n_heads, NULL, false);
+    check_close("prompt attention, large logits", o, want, T * wide, 3e-6 * size);
+    check_close("lse, large logits", lse, want_lse, (size_t)T * n_heads, 3e-6 * size);
+    for (int t = 0, n; t < T; t += n) {
+        n = T - t < 4 ? T - t : 2 + rnd_int(&seed, (T - t < 90 ? T - t : 90) - 3);
+        Rows part = { n, 1, zero, zero, pos + t, pos + t };
+        K->kv_attend(o2 + t * wide, lse2 + (size_t)t * n_heads, kv, 0, qkv + t * width, &part, n_heads, NULL, false);
+    }
+    check(same(o, o2, T * wide * 4) && same(lse, lse2, (size_t)T * n_heads * 4), "prompt attention, head size %d: other bits in parts", head_dim);
+    size_t slots = (size_t)T * n_kv_heads;
+    float *score = floats(slots, 1), *k = floats(slots * head_dim, 1), *v = floats(slots * head_dim, 1);
+    int *rot = need(slots, 4), wrong = 0;
+    K->kv_read(kv, 0, NULL, NULL, score, NULL, NULL);
+    K->kv_read(kv, 0, NULL, rot, NULL, NULL, v);
+    K->kv_read(kv, 0, NULL, NULL, NULL, k, NULL);
+    for (size_t i = 0; i < slots; i++) {
+        const RefSlot *s = &ref_head(&ref, 0, 0, (int)(i / T))->slot[i % T];
+        wrong += score[i] != 0 || rot[i] != s->rot || !same(k + i * head_dim, s->kv, head_dim * 4) || !same(v + i * head_dim, s->kv + head_dim, head_dim * 4);
+    }
+    check(wrong == 0, "kv_read in parts, and a prompt's scores: %d of %zu slots", wrong, slots);
+    K->kv_free(kv);
+    ref_free(&ref);
+    K->release(qkv); K->release(o); K->release(lse); K->release(o2); K->release(lse2); K->release(score); K->release(k); K->release(v);
+    free(want); free(want_lse); free(rot);
+}
+
+// A plan's fine print: a target that leaves takes nothing, a weight without a target is not read, a slot may be its own source.
+static void test_fine_print(Type type) {
+    enum { N = 4, D = 16 };
+    KV *kv = K->kv_new(1, 1, D, 1, type);
+    float qkv[N * 3 * D], k[N * D], v[N * D], w[N] = { 0.5f, NAN, 2, 1 };
+    int zero[N] = {0}, pos[N] = { 0, 1, 2, 3 }, into[N] = { 1, -1, 3, 3 };             // 0 -> 1 (leaves), 2 -> 3, 3 -> itself
+    bool keep[N] = { true, false, false, true };
+    for (int t = 0; t < N; t++) for (int i = 0; i < 3 * D; i++) qkv[t * 3 * D + i] = (float)(1 << t);
+    K->kv_reserve(kv, 0, N);
+    K->kv_append(kv, 0, qkv, &(Rows){ N, 1, zero, zero, pos, pos }, 1);
+    K->kv_apply(kv, 0, keep, into, w, 0.25f, NULL);
+    K->kv_read(kv, 0, pos, NULL, NULL, k, v);
+    float merged = (8 + (2 * 4 + 0.25f * 8) + (1 * 8 + 0.25f * 8)) / 3;                // (X[3] + two sources, each with self X[3]) / (1 + 2)
+    if (type == F16) merged = (float)f16_ref(f16_from_ref(merged));
+    check(pos[0] == 0 && pos[1] == 3 && k[0] == 1 && v[D - 1] == 1 && k[D] == merged && v[2 * D - 1] == merged,
+          "a plan's fine print: slots %d %d hold %g %g, not 1 %g", pos[0], pos[1], k[0], k[D], merged);
+    K->kv_free(kv);
+}
+
+// All kept keys look away from those that leave: the least of it is the nearest, and no direction is nearer than away.
+static void test_nearest_away(Type type, int n, int head_dim) {
+    float *qkv = floats((size_t)n * 3 * head_dim, 1), *w = floats(n, 1);
+    int *zero = need(n, 4), *pos = need(n, 4), *into = need(n, 4), wrong = 0;
+    bool *keep = need(n, 1);
+    for (int t = 0; t < n; t++) {
+        pos[t] = t;
+        keep[t] = t % 3 != 1;
+        for (int i = 0; i < head_dim; i++) qkv[((size_t)t * 3 + 1) * head_dim + i] = (keep[t] ? -1.0f : 1.0f) * (1 + (i + t) % 4);
+    }
+    for (int round = 0; round < 2; round++) {
+        if (round) memset(qkv + ((size_t)2 * 3 + 1) * head_dim, 0, head_dim * 4);      // slot 2 has no direction
+        KV *kv = K->kv_new(1, 1, head_dim, 1, type);
+        K->kv_reserve(kv, 0, n);
+        K->kv_append(kv, 0, qkv, &(Rows){ n, 1, zero, zero, pos, pos }, 1);
+        K->kv_nearest(into, w, kv, 0, 0, keep);
+        for (int t = 1; t < n; t += 3) wrong += round ? into[t] != 2 || w[t] != 0 : into[t] < 0 || !keep[into[t]] || !(w[t] < -0.5f);
+        K->kv_free(kv);
+    }
+    check(wrong == 0, "nearest of %d keys of %d that look away: %d", n, head_dim, wrong);
+    K->release(qkv); K->release(w);
+    free(zero); free(pos); free(into); free(keep);
+}
+
+// What a compressed cache gives back, by its own count and by that of the C library (0 where that is not glibc's, or a sanitizer's).
+static size_t heap(void) {
+#if defined __GLIBC__ && (__GLIBC__ > 2 || __GLIBC_MINOR__ >= 33)
+    struct mallinfo2 m = mallinfo2();
+    return m.uordblks + m.hblkhd;
+#else
+    return 0;
+#endif
+}
+
+static void test_bytes(void) {
+    enum { L = 4, G = 4, D = 64, N = 2000 };
+    float *qkv = floats((size_t)N * 3 * G * D, 1);
+    int *seq = need(N, 4), *pos = need(N, 4);
+    for (int t = 0; t < N; t++) { seq[t] = 1; pos[t] = t; }
+    bool *keep = need((size_t)L * G * N, sizeof *keep);
+    for (int i = 0; i < L * G * N; i++) keep[i] = i % 10 == 0;
+    size_t bytes[N_TYPES];
+    for (int i = 0; i < 3; i++) {                                // the first time the back-end's scratch memory grows too
+        int type = i == 2 ? F16 : F32;
+        size_t slot = 2 * D * (size_t)type_bytes[type] * L * G;
+        KV *kv = K->kv_new(L, G, D, 2, (Type)type);
+        check(K->kv_bytes(kv) == 0, "kv_bytes: %zu for an empty cache", K->kv_bytes(kv));
+        size_t before = heap();
+        K->kv_reserve(kv, 1, N);
+        bytes[type] = K->kv_bytes(kv);
+        check(bytes[type] == slot * N, "kv_bytes: %zu for %d slots", bytes[type], N);
+        size_t full = heap() - before;
+        for (int l = 0; l < L; l++) K->kv_append(kv, l, qkv, &(Rows){ N, 1, seq, seq, pos, pos }, G);
+        K->kv_apply(kv, 1, keep, NULL, NULL, 0, NULL);
+        check(K->kv_bytes(kv) == slot * N, "kv_bytes: %zu before the cache was shrunk", K->kv_bytes(kv));
+        K->kv_reserve(kv, 1, 7);
+        check(K->kv_bytes(kv) == slot * (N / 10 + 7), "kv_bytes: %zu after the cache was shrunk", K->kv_bytes(kv));
+        size_t small = heap() - before;
+        // keys and values, and 16 bytes a slot (pos, rot, score, order) beside them
+        if (i && full >= slot * N) check(small < full / 8, "%s: %zu of %zu bytes are left on the heap after a tenth was kept", type == F16 ? "f16" : "f32", small, full);
+        K->kv_copy(kv, 0, 1);
+        check(K->kv_bytes(kv) == 2 * slot * (N / 10 + 7), "kv_bytes: %zu for two sequences", K->kv_bytes(kv));
+        K->kv_clear(kv, 1);
+        K->kv_clear(kv, 0);
+        check(K->kv_bytes(kv) == 0, "kv_bytes: %zu after clear", K->kv_bytes(kv));
+        if (i && full >= slot * N) check(heap() <= before + 4096, "%s: clear leaves %zu bytes on the heap", type == F16 ? "f16" : "f32", heap() - before);
+        K->kv_free(kv);
+    }
+    check(bytes[F32] == 2 * bytes[F16], "kv_bytes: f32 %zu, f16 %zu", bytes[F32], bytes[F16]);
+    K->release(qkv);
+    free(seq); free(pos); free(keep);
+}
+
+// A row to which every slot is hidden gives and takes nothing.
+static void test_blind(void) {
+    enum { D = 16, T = 3 };
+    float *qkv = floats(T * 3 * D, 1), *o = floats(T * D, 1), *lse = floats(T, 0), *score = floats(T, 0);
+    int zero[T] = { 0 }, pos[T] = { 0, 1, 2 };
+    const uint8_t hidden[T] = { 0, 1, 1 }, *visible[] = { hidden };      // row 0 sees itself alone, if at all
+    KV *kv = K->kv_new(1, 1, D, 1, F32);
+    Rows rows = { T, 1, zero, zero, pos, pos };
+    K->kv_reserve(kv, 0, T);
+    K->kv_append(kv, 0, qkv, &rows, 1);
+    K->kv_attend(o, lse, kv, 0, qkv, &rows, 1, visible, false);
+    K->kv_vote(kv, 0, qkv, lse, &rows, 1, visible, T);
+    K->kv_read(kv, 0, NULL, NULL, score, NULL, NULL);
+    bool nothing = lse[0] == -INFINITY;
+    for (int i = 0; i < D; i++) nothing &= o[i] == 0;
+    check(nothing, "a row that sees nothing: o is not 0, or lse %g", lse[0]);
+    check(score[0] == 0 && fabsf(score[1] + score[2] - 2) < 1e-6f, "a row that sees nothing: scores %g %g %g, not 0 and a sum of 2", score[0], score[1], score[2]);
+    K->kv_free(kv);
+    K->release(qkv); K->release(o); K->release(lse); K->release(score);
+}
+
 int main(int argc, char **argv) {
     if (argc == 1 && !getenv("OMP_WAIT_POLICY")) {       // threads that spin while another program holds a core: 95 % of the time
         setenv("OMP_WAIT_POLICY", "passive", 1);
         execv("/proc/self/exe", argv);                   // elsewhere it fails, and only time is lost
     }
+    test_ends();                                         // first: a forked child must not inherit threads
     omp_set_num_threads(2);
+    test_memory();
     test_f16(&cpu);
     test_f16(&plain);
+    test_weights(&cpu);
+    test_weights(&plain);
     int dims[] = { 1, 33, 172, 588, 4096 };
     for (int i = 0; i < 5; i++) { test_rows(1, dims[i]); test_rows(33, dims[i]); }
     for (Type type = F32; type < N_TYPES; type++) {
@@ -625,5 +1000,22 @@ int main(int argc, char **argv) {
     test_nearest_ties();
     test_threads(F16, 300, 4, 2, 128);
     test_threads(F32, 130, 2, 2, 104);
+
+    for (int i = 0; i < 5; i++) test_edges(dims[i]);
+    for (Type type = F32; type < N_TYPES; type++) {
+        test_matmul_ends(type, 33, type == Q8_0 ? 96 : 33);
+        test_matmul_ends(type, 65, type == Q8_0 ? 160 : 172);
+        for (int T = 1; T < 200; T = T * 2 + 1) test_attend_apart(T, 200 - T, 1 + T % 3, head_dims[type + T % 3], T % 4 == 1 ? 1 : 30);
+    }
+    test_cosine_edges();
+    for (Type type = F32; type <= F16; type++) {
+        test_fine_print(type);
+        for (int i = 0; i < 6; i++) {
+            test_prompt_parts(type, i < 3 ? 4 : 2, 1 + i % 2, head_dims[i], i % 2 ? 30 : 1);
+            test_nearest_away(type, 3 + 47 * i, head_dims[i]);
+        }
+    }
+    test_bytes();
+    test_blind();
     return finish();
 }
