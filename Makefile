@@ -39,10 +39,19 @@ $(BUILD)/kernels_cuda.o: kernels.cu $(HEADERS) Makefile | $(BUILD)
 	$(NVCC) -O3 -Iinclude -arch=$(ARCH) -DHAVE_CUDA -c -o $@ $<
 $(BUILD)/%.o: %.c $(HEADERS) Makefile | $(BUILD)
 	$(C) $(STRICT) -c -o $@ $<
-$(BUILD)/%: tests/%.c $(OBJ) $(HEADERS) llava.c Makefile
+$(BUILD)/%: tests/%.c $(OBJ) $(HEADERS) llava.c Makefile | $(BUILD)
 	$(C) $(STRICT) -o $@ $< $(OBJ) $(CUDALIB) -lm
 $(BUILD):
 	mkdir -p $@
+
+# kernels.cu on the CPU (tests/cuda_on_cpu.h): its kernels against the naive versions, and the shipped model on both back-ends
+EMULATE := $(CXX) -std=gnu++17 -Wall -Wextra $(if $(findstring sanitize,$(CFLAGS)),$(CFLAGS),-O2) -Iinclude
+$(BUILD)/test_cuda: tests/test_cuda.cpp kernels.cu $(HEADERS) Makefile | $(BUILD)
+	$(EMULATE) -o $@ $<
+$(BUILD)/kernels_emulated.o: kernels.cu $(HEADERS) Makefile | $(BUILD)
+	$(EMULATE) -Dcuda=cuda_on_cpu -include tests/cuda_on_cpu.h -x c++ -c -o $@ $<
+$(BUILD)/cuda_scenes: tests/cuda_scenes.c $(BUILD)/kernels_emulated.o $(OBJ) $(HEADERS) llava.c Makefile
+	$(C) $(STRICT) -DEMULATED -o $@ $< $(BUILD)/kernels_emulated.o $(filter-out %_cuda.o,$(OBJ)) -lstdc++ -lm
 
 demo:                                       ## build, then describe a picture with the small model that ships
 	@sh tests/deps.sh demo $(DEPS)
@@ -51,8 +60,9 @@ demo:                                       ## build, then describe a picture wi
 
 test:                                       ## build and run every test: no downloads, no GPU, under 3 minutes
 	@sh tests/deps.sh test $(DEPS)
-	@$(MAKE) --no-print-directory llava $(TESTS) $(BUILD)/replay
-	@BUILD=$(BUILD) sh tests/run.sh
+	@$(MAKE) --no-print-directory -j2 CUDA=0 BUILD=$(BUILD)/test tests
+	@BUILD=$(BUILD)/test sh tests/run.sh $(LIST)
+tests: $(BUILD)/llava $(TESTS) $(BUILD)/replay $(BUILD)/test_cuda $(BUILD)/cuda_scenes
 
 replay: $(BUILD)/replay                     ## replay golden files: tests/replay FILE…
 	cp $< tests/replay
@@ -63,17 +73,18 @@ bench: $(BUILD)/bench $(BUILD)/bench_policies ## speed of this machine's roofs, 
 	$(BUILD)/bench
 	$(BUILD)/bench_policies
 
-parity: llava $(BUILD)/tokenizer_cli $(BUILD)/image_cli  ## against Hugging Face, sentencepiece and Pillow (installs PyTorch into .venv)
+parity:                                     ## against Hugging Face, sentencepiece and Pillow (installs PyTorch into .venv)
 	@sh tests/deps.sh parity $(DEPS)
+	@$(MAKE) --no-print-directory llava $(BUILD)/tokenizer_cli $(BUILD)/image_cli
 	@BUILD=$(BUILD) sh tests/run.sh parity
 
-long: llava $(TESTS) $(BUILD)/fuzz_image    ## what takes too long for CI: fuzzing, long random runs
+long: llava $(TESTS) $(BUILD)/fuzz_image $(BUILD)/cuda_scenes ## what takes too long for CI: fuzzing, long random runs
 	@BUILD=$(BUILD) sh tests/run.sh long
 $(BUILD)/fuzz_image: tests/fuzz_image.c $(HEADERS) | $(BUILD)
 	$(C) $(STRICT) -O1 -g -fsanitize=address,undefined -fno-sanitize=shift,signed-integer-overflow -o $@ $< -lm
 
 debug:                                      ## every test under AddressSanitizer and UBSan, in build/debug
-	@$(MAKE) --no-print-directory test BUILD=$(BUILD)/debug CUDA=0 DEPS=0 \
+	@$(MAKE) --no-print-directory test LIST=quick BUILD=$(BUILD)/debug \
 	    CFLAGS="-O1 -g -march=native -fsanitize=address,undefined,bounds -fno-sanitize-recover=all -fno-omit-frame-pointer"
 
 deps:                                       ## install what building and testing need (apt; sudo where not root)
@@ -85,4 +96,4 @@ help:                                       ## this text
 clean:                                      ## remove what was built
 	rm -rf build llava tests/replay
 
-.PHONY: all demo test replay golden bench parity long debug deps help clean
+.PHONY: all demo test tests replay golden bench parity long debug deps help clean

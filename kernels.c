@@ -2,9 +2,12 @@
 // the equations and shapes). Leaves out: models, policies, files. How fast it is: `make build/bench && build/bench`.
 //
 // Three loops carry nearly all the time:
-//   dots    few rows (decoding): lanes along the inner dimension, weights stream through once       -> bound by memory
-//   tile    many rows (prompt, vision tower, attention, nearest keys): a register tile over packed panels  -> by FMA
-//   kv_attend's decode half: one query row against its cache                                        -> by memory
+//   dots        few rows (decoding): lanes along the inner dimension, weights stream through once           -> bound by memory
+//   tile        many rows (prompt, vision tower, attention, nearest keys): a register tile over panels    -> by FMA
+//   attend_row: a decode step's query against its cache                                                   -> by memory
+//
+// Each operation is one parallel region at most, its work claimed in pieces. Set OMP_WAIT_POLICY=passive (before the program
+// starts): GNU's threads spin at the end of a region, and beside any other program that takes half of decoding's speed.
 
 #include <math.h>
 #include <string.h>

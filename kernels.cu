@@ -1273,7 +1273,7 @@ static void kv_attend(float *o, float *lse, KV *kv, int layer, const float *qkv,
 
 // A block for (TILE keys, query head): the keys stay in shared memory, the queries from `from` on pass by, 64 at a time.
 // Each thread adds up its two columns in the order of the queries; lanes and warps are joined in a fixed order at the end.
-template <int D, bool F32KV> __global__ void __launch_bounds__(128) column_kernel(float *sums, const float *q, int q_stride, const List *lists,
+template <int D, bool F32KV> __global__ void __launch_bounds__(128, 4) column_kernel(float *sums, const float *q, int q_stride, const List *lists,
         const float *lse, const int *q_pos, const uint8_t *visible, int from, int T, int n_heads, int group, int max_used) {
     using F = Flash<D, F32KV>;
     DYNAMIC_SHARED(shared);

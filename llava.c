@@ -520,5 +520,8 @@ const Arch llava = { "llava", open_llava, close_llava, info_llava, room, prompt,
 
 #ifndef NO_MAIN
 #include "cli.h"
-int main(int argc, char **argv) { return cli(&llava, argc, argv); }
+int main(int argc, char **argv) {
+    calm_threads(argv);
+    return cli(&llava, argc, argv);
+}
 #endif

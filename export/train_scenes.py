@@ -937,7 +937,10 @@ def main():
     c.set_defaults(run=write_scenes)
 
     args = p.parse_args()
-    args.run(args)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        sys.exit("\ntrain_scenes: stopped; `train` goes on from its last checkpoint when it is started again")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,14 @@ static inline double now_ms(void) {
     return t.tv_sec * 1e3 + t.tv_nsec * 1e-6;
 }
 
+// OpenMP's threads spin while they wait for each other, which beside any other busy process makes decoding several times slower than
+// sleeping does. The library reads its setting when it is loaded, so the program starts itself once more. First thing in main.
+static inline void calm_threads(char **argv) {
+    if (getenv("OMP_WAIT_POLICY")) return;
+    setenv("OMP_WAIT_POLICY", "passive", 1);
+    execv("/proc/self/exe", argv);               // where there is no /proc this fails, and threads wait as the library likes
+}
+
 static volatile sig_atomic_t interrupts;      // how often Ctrl-C was pressed since the last answer began
 static bool quiet;                            // -q
 

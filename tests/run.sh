@@ -2,6 +2,7 @@
 # run.sh [test|parity|long]: runs a list of test programs and adds their "N passed, M failed" lines up. A program that ends without
 # such a line, or whose status does not agree with it, counts as one failure.
 list=${1:-test} build=${BUILD:-build} python=.venv/bin/python
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}    # GNU's threads spin while they wait: beside another process that costs ten times the work
 passed=0 failed=0
 out=$(mktemp)
 trap 'rm -f "$out"' EXIT
@@ -22,12 +23,20 @@ run() {
 
 model=models/scenes-llava.bin
 case $list in
-test)
-    for t in "$build"/test_*; do [ -x "$t" ] && [ -f "tests/$(basename "$t").c" ] && run "$t"; done
+test|quick)
+    quick=; [ $list = quick ] && quick=quick
+    for t in "$build"/test_*; do
+        case $t in
+        */test_cuda) run "$t" $quick ;;
+        */test_policies) run "$t" ${quick:+300} ;;
+        *) [ -x "$t" ] && [ -f "tests/$(basename "$t").c" ] && run "$t" ;;
+        esac
+    done
+    if [ $quick ]; then run "$build/cuda_scenes" lookm; else run "$build/cuda_scenes" full h2o elastic; fi
     run "$build/replay" tests/*.gold
     run "$python" tests/test_export.py
     run "$python" tests/test_cli.py "$build/llava" $model
-    run "$python" tests/test_show.py "$build/llava" $model
+    [ $quick ] || run "$python" tests/test_show.py "$build/llava" $model
     run "$python" tests/test_readme.py "$build"
     ;;
 parity)
@@ -39,6 +48,8 @@ parity)
 long)
     run "$build/test_tokenizer" $model 20000
     run "$build/fuzz_image" 2000000 "$(date +%s)"
+    run "$build/test_policies" 100000
+    run "$build/cuda_scenes"
     ;;
 esac
 echo "$passed passed, $failed failed"

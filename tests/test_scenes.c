@@ -96,6 +96,7 @@ static double perplexity(Model *m, const char *policy, double ratio, int shift) 
 }
 
 int main(int argc, char **argv) {
+    calm_threads(argv);
     quiet = true;
     ModelFile f = model_open("models/scenes-llava.bin");
     Model *m = open_llava(&f);
@@ -104,17 +105,21 @@ int main(int argc, char **argv) {
         for (int i = 1; i + 1 < argc; i += 2) printf("%s -r %s: %.4f\n", argv[i], argv[i + 1], perplexity(m, argv[i], atof(argv[i + 1]), 0));
         return 0;
     }
-    double full = perplexity(m, "full", NAN, 0), wrong = perplexity(m, "full", NAN, 3);
-    double fastv[2] = { perplexity(m, "fastv:k=2", 0.5, 0), perplexity(m, "fastv:k=2", 0.75, 0) };
-    double random[2] = { perplexity(m, "random:rows", 0.5, 0), perplexity(m, "random:rows", 0.75, 0) };
-    printf("perplexity of %d captions: full %.4f, wrong picture %.2f; fastv:k=2 at half %.4f, a quarter %.4f; random:rows %.4f, %.4f\n",
-           N_CAPTIONS, full, wrong, fastv[0], fastv[1], random[0], random[1]);
+    static const char *const name[] = { "random:rows", "fastv:k=2", "fastv:k=2,score=all" };
+    double full = perplexity(m, "full", NAN, 0), wrong = perplexity(m, "full", NAN, 3), half[3], quarter[3];
+    printf("perplexity of %d captions: full %.4f, with a wrong picture %.2f\n", N_CAPTIONS, full, wrong);
     check(full <= 1.06, "captions: %.4f", full);
-    check(full >= 1.0, "below any floor: %.4f", full);
+    check(full >= 1.036, "better than the captions' own entropy: %.4f", full);
     check(wrong >= 8, "with a wrong picture: %.4f", wrong);
-    check(full <= fastv[0] && fastv[0] <= fastv[1], "fastv is not monotone in its budget: %.4f, %.4f, %.4f", full, fastv[0], fastv[1]);
-    check(full <= random[0] && random[0] <= random[1], "random is not monotone in its budget: %.4f, %.4f, %.4f", full, random[0], random[1]);
-    check(fastv[0] < random[0] && fastv[1] < random[1], "fastv is no better than random");
+    for (int i = 0; i < 3; i++) {
+        half[i] = perplexity(m, name[i], 0.5, 0);
+        quarter[i] = perplexity(m, name[i], 0.75, 0);
+        printf("%s: half of the image rows %.4f, a quarter %.4f\n", name[i], half[i], quarter[i]);
+        check(full <= half[i] && half[i] <= quarter[i], "%s is not monotone in its budget: %.4f, %.4f, %.4f", name[i], full, half[i], quarter[i]);
+    }
+    // The last query alone (the release's score) chooses worse than by lot at a half, on this model; all queries (the paper's) do not.
+    check(half[2] < half[0] && quarter[2] < quarter[0], "fastv:score=all is no better than random");
+    check(quarter[1] < quarter[0], "fastv is no better than random at a quarter");
     check(perplexity(m, "h2o", 0, 0) == full, "h2o -r 0 is not the full cache");
     return finish();
 }
