@@ -56,7 +56,7 @@ $(BUILD)/cuda_scenes: tests/cuda_scenes.c $(BUILD)/kernels_emulated.o $(OBJ) $(H
 demo:                                       ## build, then describe a picture with the small model that ships
 	@sh tests/deps.sh demo $(DEPS)
 	@$(MAKE) --no-print-directory llava
-	./llava models/scenes-llava.bin models/scenes/1000.png
+	./llava models/scenes-llava.bin models/scenes/1001.png
 
 test:                                       ## build and run every test: no downloads, no GPU, under 3 minutes
 	@sh tests/deps.sh test $(DEPS)

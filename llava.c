@@ -4,7 +4,7 @@
 // question's token embeddings, and a LLaMA decoder reads all of them and answers. What is NOT here: loops over weights or keys
 // (kernels.c, kernels.cu), compression (policies.c; the five calls into include/run.h), sampling and options (include/generate.h, cli.h).
 //
-//     make llava && ./llava models/scenes-llava.bin models/scenes/1000.png
+//     make llava && ./llava models/scenes-llava.bin models/scenes/1001.png
 //
 // Papers: LLaVA-1.5, Liu et al. 2023, arXiv:2310.03744; CLIP, Radford et al. 2021, arXiv:2103.00020; LLaMA, Touvron et al. 2023,
 // arXiv:2302.13971.

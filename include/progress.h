@@ -31,15 +31,15 @@ static inline void on_interrupt(int signal) {
     if (++interrupts > 1) _exit(130);
 }
 
-// Part `i` of `n` of something that began at `start_ms` is about to run. Says so once a second after two have gone by; ends the
-// program where Ctrl-C was pressed, since there is no answer yet that could be cut short.
+// Part `i` of `n` of something that began at `start_ms` is about to run. Says so after two seconds and then every second (every ten
+// where nobody watches a terminal); ends the program where Ctrl-C was pressed, since there is no answer yet that could be cut short.
 static inline void progress(const char *what, int i, int n, double start_ms) {
     static double said;
     double now = now_ms();
     if (interrupts) { fputs("\ninterrupted\n", stderr); exit(130); }
-    if (quiet || now - start_ms < 2000 || now - said < 1000) return;
-    said = now;
     bool tty = isatty(2);
+    if (quiet || now - start_ms < 2000 || now - said < (tty ? 1000 : 10000)) return;
+    said = now;
     fprintf(stderr, "%s%s: %d of %d, %.0f s%s", tty ? "\r" : "", what, i, n, (now - start_ms) / 1e3, tty ? "   " : "\n");
     if (tty && i + 1 >= n) fputc('\n', stderr);
 }

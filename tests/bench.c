@@ -67,23 +67,33 @@ static double peak(long n) {
     return flops / (now() - begin) * 1e-9;
 }
 
-// Reads `bytes` of memory with every thread, prefetching as far ahead as matmul does: GB/s.
-static double read_memory(const char *p, size_t bytes) {
+// Reads `bytes` of memory with every thread, from `streams` places at once: GB/s.
+static double read_streams(const char *p, size_t bytes, int streams) {
     double begin = now();
     #pragma omp parallel
     {
-        size_t part = bytes / omp_get_max_threads() / 256 * 256;
-        const char *at = p + part * omp_get_thread_num(), *end = at + part;
+        size_t part = bytes / omp_get_max_threads() / streams / 256 * 256;
+        const char *at = p + part * streams * omp_get_thread_num();
         Vl a = {0}, b = a, c = a, d = a;
-        for (; at < end; at += 256) {
-            for (int i = 0; i < 256; i += 64) __builtin_prefetch(at + 2048 + i);
-            const Vl *v = (const Vl *)at;
-            a ^= v[0]; b ^= v[1]; c ^= v[2]; d ^= v[3];
-        }
+        for (size_t i = 0; i < part; i += 256)
+            for (int s = 0; s < streams; s++) {
+                const char *x = at + s * part + i;
+                const Vl *v = (const Vl *)x;
+                a ^= v[0]; b ^= v[1]; c ^= v[2]; d ^= v[3];
+            }
         a ^= b ^ c ^ d;
         sink = (float)a[0];
     }
     return (double)bytes / (now() - begin) * 1e-9;
+}
+// The roof: the best of one, four and eight streams a thread. One leaves misses of the core unused on some machines, eight lose pages on others.
+static double read_memory(const char *p, size_t bytes) {
+    double best = 0;
+    for (int streams = 1; streams <= 8; streams += streams == 1 ? 3 : 4) {
+        double rate = read_streams(p, bytes, streams);
+        if (rate > best) best = rate;
+    }
+    return best;
 }
 
 // ----------------------------------------------------------------------------
