@@ -108,6 +108,7 @@ int main(int argc, char **argv) {
                 Chain chain = policy_parse(policy, strstr(policy, "r=") ? NAN : 0.5, m[b]->config.n_layers);
                 runs_free(run(m[b], &chain, images[k], text, answer, before[b], after[b]));
                 K->release(m[b]->image[--m[b]->n_images]);
+                policy_free(&chain);
             }
             for (int t = 0; t < STEPS; t++) {
                 Kept *x = &after[0][t], *y = &after[1][t];
@@ -130,5 +131,13 @@ int main(int argc, char **argv) {
         check(worst < 1e-4, "%s: logits differ by %g", policy, worst);       // sums in another order, 4 layers deep: 6e-6 was seen
         check(worst_gap < 1e-5, "%s: other slots were kept, although their scores differ by %g", policy, worst_gap);
     }
+    for (int b = 0; b < 2; b++) {
+        K = back_end[b];
+        close_llava(m[b]);
+        for (int t = 0; t < STEPS; t++) free(after[b][t].logits);
+        free(before[b]);
+        free(after[b]);
+    }
+    model_close(&f);
     return finish();
 }

@@ -92,6 +92,7 @@ static double perplexity(Model *m, const char *policy, double ratio, int shift) 
         runs_free(r);
     }
     free(logits);
+    policy_free(&chain);
     return exp(sum / tokens);
 }
 
@@ -121,5 +122,8 @@ int main(int argc, char **argv) {
     check(half[2] < half[0] && quarter[2] < quarter[0], "fastv:score=all is no better than random");
     check(quarter[1] < quarter[0], "fastv is no better than random at a quarter");
     check(perplexity(m, "h2o", 0, 0) == full, "h2o -r 0 is not the full cache");
+    close_llava(m);
+    model_close(&f);
+    for (int i = 0; i < N_CAPTIONS; i++) { free(caption[i].caption); free(caption[i].id); }
     return finish();
 }
