@@ -192,5 +192,6 @@ if __name__ == "__main__":
     test_files()
     cli.stdin.close()
     check(cli.wait() == 0, "image_cli's status")
-    print("Pillow %s: %d passed, %d failed" % (PIL.__version__, n_passed, n_failed))
+    print("Pillow %s" % PIL.__version__)
+    print("%d passed, %d failed" % (n_passed, n_failed))
     sys.exit(n_failed != 0 or n_passed == 0)

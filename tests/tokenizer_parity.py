@@ -46,7 +46,7 @@ def check(ok, *what):
 
 def model_bin(path, pieces):
     """A model file that holds a tokenizer and nothing else."""
-    flat.write(path, "none", {}, flat.tokenizer_section(1, pieces), [], force=True)
+    flat.write(path, "none", {}, flat.tokenizer_section(1, pieces), [])
 
 
 # SentencePiece's own file is a protocol buffer: fields of (number << 3 | wire type), types 0 varint, 2 length and bytes, 5 four bytes.
