@@ -13,7 +13,7 @@ import PIL
 from PIL import Image
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-CLI = os.environ.get("IMAGE_CLI", os.path.join(HERE, "..", "build", "image_cli"))
+CLI = os.path.join(os.environ.get("BUILD", os.path.join(HERE, "..", "build")), "image_cli")
 CROP, PAD, STRETCH, PILLOW13 = 0, 1, 2, 4
 NEW = int(PIL.__version__.split(".")[0]) >= 13
 FLAG = PILLOW13 if NEW else 0
