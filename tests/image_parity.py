@@ -5,7 +5,7 @@
 
 With Pillow 13 or later its new order of the passes is asked for, and the old order is checked too, where both orders agree by
 rule. JPEG: the worst difference is printed, and must stay small. Needs build/image_cli (`make build/image_cli`; or a path in
-IMAGE_CLI), Pillow and numpy.
+BUILD), Pillow and numpy.
 """
 import io, os, random, struct, subprocess, sys, warnings
 import numpy as np
