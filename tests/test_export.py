@@ -498,6 +498,7 @@ def test_writing(tmp):
     big = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
     w.update({n: np.zeros((400000, 96), "f4") for n in big})
     plava.write_hf(f"{tmp}/big", w=w, text={"vocab_size": 400000})
+    signal.signal(signal.SIGINT, signal.default_int_handler)           # a shell's background jobs ignore it, and their children would
     for sig, status in (signal.SIGINT, 130), (signal.SIGTERM, 143):
         p = subprocess.Popen([*program, f"{tmp}/big", f"{tmp}/big.bin", "--type", "q8_0"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         until = time.time() + 60
