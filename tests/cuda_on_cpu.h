@@ -13,6 +13,8 @@
 // - a 16-byte load, cp.async or ldmatrix from an address that is no multiple of 16;
 // - a cp.async that was not waited for: it happens either at once or when it is waited for, again at random;
 // - memory that was never written: allocations and shared memory begin as NaN.
+// - a host that reads or writes device memory, a kernel that is given the host's, a copy in the wrong direction, and memory that
+//   was freed: between launches and copies the device's pages are taken away, and arguments are looked at, a replayed graph's too.
 // Not here: anything about speed; clusters, textures, several streams. Floating point is the CPU's: exp and friends differ in
 // the last bits from a GPU's, and the sums inside an mma are taken in ascending order.
 
@@ -21,6 +23,7 @@
 #undef _FORTIFY_SOURCE          // its longjmp refuses to leave one stack for another
 #include <math.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -29,6 +32,7 @@
 #include <ucontext.h>
 #include <functional>
 #include <map>
+#include <type_traits>
 #include <vector>
 #if defined __SANITIZE_ADDRESS__
 #define EMU_ASAN 1
@@ -38,6 +42,7 @@
 #endif
 #endif
 #ifdef EMU_ASAN
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -442,8 +447,63 @@ static size_t free_bytes = (size_t)1 << 40, used_bytes;          // a test may l
 static int n_devices = 1, capability = 80;
 static EmuGraph *recording;
 template <class F> static void submit(F f) { if (recording) recording->push_back(f); else f(); }
+
+// The host may not look at device memory, nor a kernel at the host's: outside of launches and copies the pages of every allocation are
+// taken away (under AddressSanitizer: poisoned), and what a launch or a copy is given must lie where it should.
+static auto &device = *new std::map<char *, size_t>;             // what cudaMalloc gave, and its bytes
+static const char *last_kernel = "nothing";
+
+static bool on_device(const void *p, size_t n) {
+    auto it = device.upper_bound((char *)p);
+    return it != device.begin() && (--it, (char *)p + n <= it->first + it->second);
+}
+
+static void give(char *p, size_t n, bool to_device) {
+#ifdef EMU_ASAN
+    if (to_device) __asan_unpoison_memory_region(p, n); else __asan_poison_memory_region(p, n);
+#else
+    char *begin = (char *)mapped[p].first;
+    if (mprotect(begin, p + n - begin, to_device ? PROT_READ | PROT_WRITE : PROT_NONE)) { perror("mprotect"); abort(); }
+#endif
+}
+struct OnDevice {                         // while it lives the device works
+    OnDevice() { for (auto &d : device) give(d.first, d.second, true); }
+    ~OnDevice() { for (auto &d : device) give(d.first, d.second, false); }
+};
+
+static void on_segv(int, siginfo_t *info, void *) {
+    signal(SIGSEGV, SIG_DFL);             // the second time it is fatal
+    if (on_device(info->si_addr, 1) && !strcmp(kernel_name, "none")) {
+        fprintf(stderr, "cuda_on_cpu: the host reads or writes device memory; the last kernel was %s\n", last_kernel);
+        abort();
+    }
+    fprintf(stderr, "cuda_on_cpu: %s: no such memory: %p\n", kernel_name, info->si_addr);
+}
+
+// Does a number look like an address of the host's memory? For structs with pointers among the arguments of a kernel.
+static bool on_host(uint64_t word) {
+    unsigned char there;
+    if (word < 0x500000000000 || word >> 47) return false;
+    return !mincore((void *)(word & ~4095ull), 1, &there) && !on_device((void *)word, 0);
+}
+template <class A> static void check_argument(int i, const A &a) {
+    char text[80];
+    snprintf(text, sizeof text, "argument %d has a pointer that is none into device memory", i);
+    if constexpr (std::is_pointer_v<A>) {
+        if (a && !on_device(a, 0)) fail(text);
+    } else if constexpr (sizeof a % 8 == 0 && sizeof a <= 256) {
+        uint64_t words[sizeof a / 8];
+        memcpy(words, &a, sizeof a);
+        for (uint64_t w : words) if (on_host(w)) fail(text);
+    }
+}
+
 template <class... P, class... A> static void launch(const char *name, dim3 grid, dim3 block, size_t shared, void (*kernel)(P...), A... args) {
     submit([=] {                                                 // arguments are copied now, as a launch does
+        int i = 0;
+        kernel_name = last_kernel = name;
+        (check_argument(i++, (P)args), ...);
+        OnDevice now;
         auto thread = [=] { kernel(args...); };
         run_grid(name, grid, block, shared, thread);
     });
@@ -465,17 +525,48 @@ static inline cudaError_t cudaGetLastError() { return 0; }
 static inline cudaError_t cudaMemGetInfo(size_t *free, size_t *total) { *free = emu::free_bytes - emu::used_bytes; *total = emu::free_bytes; return 0; }
 template <class T> static cudaError_t cudaMalloc(T **p, size_t n) {
     if (n > emu::free_bytes - emu::used_bytes) return cudaErrorMemoryAllocation;
+    if (emu::device.empty()) {
+        struct sigaction action = {};
+        action.sa_sigaction = emu::on_segv;
+        action.sa_flags = SA_SIGINFO;
+#ifndef EMU_ASAN
+        sigaction(SIGSEGV, &action, nullptr);
+#endif
+    }
     *p = (T *)emu::guarded(n);
-    if (*p) emu::used_bytes += n;
-    return *p ? cudaSuccess : cudaErrorMemoryAllocation;
+    if (!*p) return cudaErrorMemoryAllocation;
+    emu::used_bytes += n;
+    emu::device[(char *)*p] = n ? n : 1;
+    emu::give((char *)*p, emu::device[(char *)*p], false);
+    return cudaSuccess;
 }
 static inline cudaError_t cudaFree(void *p) {
-    if (p) emu::used_bytes -= emu::mapped[p].second;
+    if (!p) return 0;
+    if (!emu::device.count((char *)p)) emu::fail("cudaFree of a pointer that cudaMalloc did not give");
+    if (emu::recording) emu::fail("cudaFree while a graph is recorded");
+    emu::used_bytes -= emu::mapped[p].second;
+    emu::give((char *)p, emu::device[(char *)p], true);
+    emu::device.erase((char *)p);
     emu::unguard(p);
     return 0;
 }
-static inline cudaError_t cudaMemcpyAsync(void *d, const void *s, size_t n, cudaMemcpyKind, cudaStream_t) { emu::submit([=] { memcpy(d, s, n); }); return 0; }
-static inline cudaError_t cudaMemsetAsync(void *d, int v, size_t n, cudaStream_t) { emu::submit([=] { memset(d, v, n); }); return 0; }
+static inline cudaError_t cudaMemcpyAsync(void *d, const void *s, size_t n, cudaMemcpyKind kind, cudaStream_t) {
+    emu::submit([=] {
+        if (emu::on_device(d, n) != (kind != cudaMemcpyDeviceToHost)) emu::fail("cudaMemcpyAsync to memory of the other kind");
+        if (emu::on_device(s, n) != (kind != cudaMemcpyHostToDevice)) emu::fail("cudaMemcpyAsync from memory of the other kind");
+        emu::OnDevice now;
+        memcpy(d, s, n);
+    });
+    return 0;
+}
+static inline cudaError_t cudaMemsetAsync(void *d, int v, size_t n, cudaStream_t) {
+    emu::submit([=] {
+        if (!emu::on_device(d, n)) emu::fail("cudaMemsetAsync of memory that is not the device's");
+        emu::OnDevice now;
+        memset(d, v, n);
+    });
+    return 0;
+}
 static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) { *s = nullptr; return 0; }
 static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return emu::recording ? cudaErrorStreamCaptureUnsupported : cudaSuccess; }
 typedef int cudaEvent_t;

@@ -83,6 +83,9 @@ template <int BUG> __global__ void start_kernel(float *x) {                // 1:
     x[threadIdx.x] = s[threadIdx.x];
 }
 
+typedef struct { float *to; const float *from; int n; } Pointers;
+template <int BUG> __global__ void pointers_kernel(Pointers p, const float *from) { p.to[threadIdx.x] = p.from[threadIdx.x] + from[threadIdx.x]; }
+
 enum { BUG_THREADS = 64 };
 static Ints bug_ints(int n) { Ints v(n); for (int i = 0; i < n; i++) v[i] = i; return v; }
 template <int BUG> static bool run_reverse() {
@@ -127,14 +130,47 @@ template <int BUG> static bool run_start() {
     return true;
 }
 
+static float on_the_host[BUG_THREADS];
+template <int BUG> static bool run_pointers() {                            // 1, 2: the host's memory as an argument, in a struct
+    Device<float> x(BUG_THREADS), y(BUG_THREADS);
+    Pointers p = { x.p, BUG == 2 ? on_the_host : y.p, 1 };
+    LAUNCH(pointers_kernel<BUG>, 1, BUG_THREADS, 0, p, BUG == 1 ? on_the_host : (const float *)y.p);
+    return true;
+}
+template <int BUG> static bool run_host() {                                // 1, 2: the host reads, writes; 3, 4: a copy to, from the wrong side
+    Device<float> x(BUG_THREADS);
+    float here = 0, *p = x.p, *to = BUG == 3 ? p + 1 : &here;
+    if (BUG == 1) here = *(volatile float *)p;
+    if (BUG == 2) *(volatile float *)p = 1;
+    K->get(to, BUG == 4 ? on_the_host : p, sizeof here);
+    return true;
+}
+template <int BUG> static bool run_freed() {                               // 1: a graph is replayed whose memory is gone
+    float *x = (float *)K->alloc(BUG_THREADS * 4), *y = (float *)K->alloc(BUG_THREADS * 4);
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    cudaStreamBeginCapture(nullptr, 0);
+    LAUNCH(pointers_kernel<BUG>, 1, BUG_THREADS, 0, Pointers{ x, y, 1 }, y);
+    cudaStreamEndCapture(nullptr, &graph);
+    cudaGraphInstantiateWithFlags(&exec, graph, 0);
+    if (BUG) K->release(y);
+    cudaGraphLaunch(exec, nullptr);
+    if (!BUG) K->release(y);
+    K->release(x);
+    return true;
+}
+
 static void test_planted_bugs() {
     #define CAUGHT(run, bug) check(!survives(run<bug>), "%s<%d>: the bug was not caught", #run, bug)
     #define FINE(run) check(survives(run<0>), "%s<0>: is right, but was stopped", #run)
     FINE(run_reverse); FINE(run_twice); FINE(run_neighbour); FINE(run_branch); FINE(run_bounds); FINE(run_aligned); FINE(run_copy); FINE(run_start);
+    FINE(run_pointers); FINE(run_host); FINE(run_freed);
     CAUGHT(run_reverse, 1); CAUGHT(run_twice, 1); CAUGHT(run_neighbour, 1); CAUGHT(run_branch, 1); CAUGHT(run_branch, 2);
     CAUGHT(run_bounds, 1); CAUGHT(run_bounds, 2); CAUGHT(run_bounds, 3);
     CAUGHT(run_aligned, 1); CAUGHT(run_aligned, 2); CAUGHT(run_aligned, 3);
     CAUGHT(run_copy, 1); CAUGHT(run_copy, 2); CAUGHT(run_start, 1);
+    CAUGHT(run_pointers, 1); CAUGHT(run_pointers, 2); CAUGHT(run_freed, 1);
+    CAUGHT(run_host, 1); CAUGHT(run_host, 2); CAUGHT(run_host, 3); CAUGHT(run_host, 4);
 
     // the machine's errors: no device or too old a one is NULL; the others end the program, with a line that says why
     check(!survives([] { emu::free_bytes = emu::used_bytes + (1 << 20); K->alloc(2 << 20); return true; }), "an allocation larger than the memory succeeded");
