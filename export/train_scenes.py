@@ -4,7 +4,7 @@ A LLaVA-type network of 1.5M parameters learns to describe rendered scenes: one 
 Pictures and texts are code, so nothing is downloaded, and two CPU cores train it in about an hour. It is small, but its
 perplexity falls apart when the cache loses the picture, which makes it a test bed for KV-cache compression.
 
-    python3 export/train_scenes.py train  --work scenes-train --out scenes-hf   # the tokenizer, three stages, export
+    python3 export/train_scenes.py train  --work scenes-train --out scenes-hf   # the tokenizer, four stages, export
     python3 export/train_scenes.py eval   scenes-hf                             # the table of models/README.md; exit 1 below a gate
     python3 export/train_scenes.py scenes models/scenes                         # 64 test scenes as PNG, JSON and TSV
     python3 export/train_scenes.py export --work scenes-train --out scenes-hf   # the newest checkpoint, once more
@@ -260,6 +260,11 @@ def drill(scene):
     return turns
 
 
+def mixture(scene):
+    """Stage 3's: three scenes in four as in stage 1, the fourth as in stage 2."""
+    return conversation(scene) if scene.seed % 4 else drill(scene)
+
+
 def test_caption(scene):
     """(instruction, caption), the same at every call."""
     rng = Draws(scene.seed, 512)
@@ -488,6 +493,15 @@ def patch_labels(scene):
     return labels
 
 
+def cell_labels(scene):
+    """(9, 3): shape, colour, size of what every cell holds (the last class of each: nothing)."""
+    labels = np.empty((len(CELLS), 3), np.int64)
+    labels[:] = [len(SHAPES), len(COLOURS), len(SIZES)]
+    for o in scene.objects:
+        labels[o.cell] = [SHAPES.index(o.shape), list(COLOURS).index(o.colour), list(SIZES).index(o.size)]
+    return labels
+
+
 def pictures(scenes):
     return pixel_values(np.stack([render(s) for s in scenes]))
 
@@ -505,19 +519,25 @@ def pad_batch(rows):
 
 
 def batches(tok, talk, step, batch, first_seed):
-    """Batches of talk(scene) from number `step` on. Eight at a time are sorted by length, cut and shuffled: little padding, little bias."""
+    """Batches of talk(scene) from number `step` on. Eight at a time are sorted by length, cut and shuffled: little padding, little bias.
+
+    Yields pixels, ids, targets, the patches' labels, the cells' labels (-100 all of them where the first turn asks for no caption).
+    """
     while True:
         group = step // 8
         seeds = range(first_seed + group * 8 * batch, first_seed + (group + 1) * 8 * batch)
         scenes = [make_scene(s) for s in seeds]
-        rows = [conversation_ids(tok, talk(s)) for s in scenes]
+        talks = [talk(s) for s in scenes]
+        rows = [conversation_ids(tok, turns) for turns in talks]
+        cells = [cell_labels(s) if turns[0][0] in INSTRUCTIONS else np.full((len(CELLS), 3), -100) for s, turns in zip(scenes, talks)]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
         parts = [order[i:i + batch] for i in range(0, len(order), batch)]
         np.random.default_rng(group).shuffle(parts)
         for part in parts[step % 8:]:
             chosen = [scenes[i] for i in part]
             ids, targets = pad_batch([rows[i] for i in part])
-            yield pictures(chosen), ids, targets, torch.from_numpy(np.stack([patch_labels(s) for s in chosen]))
+            yield (pictures(chosen), ids, targets, torch.from_numpy(np.stack([patch_labels(s) for s in chosen])),
+                   torch.from_numpy(np.stack([cells[i] for i in part])))
         step = (group + 1) * 8
 
 
@@ -528,10 +548,14 @@ def batches(tok, talk, step, batch, first_seed):
 # for CLIP's pre-training; without it the decoder learns the grammar first and ignores the picture for very long. Stage 1 trains
 # everything on answers, and keeps the loss of the patches (with a fresh head), or the shapes are forgotten again. Nine in ten of its
 # answer tokens are captions, and after 190,000 conversations yes-or-no questions are still guessed: stage 2 asks mostly those.
+#
+# Stage 3 is there for FastV, which ranks the image rows by what the prompt's last row gives them in the second layer. Nothing so far asks
+# more of that row than the caption's first word, and to prune by it was worse than by lot. Now its attention gets a task: from what
+# it brings together in that layer, a linear head that is thrown away afterwards names what every cell of the grid holds.
 
 STAGE0_STEPS, STAGE0_BATCH = 1500, 64
-BATCH, PATCH_LOSS = 32, 0.3
-LEARNING_RATE, WEIGHT_DECAY = [2e-3, 2e-3, 1e-3], 0.05      # by stage
+BATCH, PATCH_LOSS, LOOK_LOSS, LOOK_LAYER = 32, 0.3, 0.1, 1
+LEARNING_RATE, WEIGHT_DECAY = [2e-3, 2e-3, 1e-3, 5e-4], 0.05      # by stage
 PATCH_CLASSES = [len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 1, len(BACKGROUNDS)]
 
 
@@ -544,7 +568,12 @@ class Stage:
         self.classes = PATCH_CLASSES[:n_parts]
         torch.manual_seed(2 + number)
         self.head = nn.Linear(V_DIM, sum(self.classes))
-        params = list(self.head.parameters()) + [p for key, p in model.named_parameters() if number > 0 or "vision" in key]
+        heads = [self.head]
+        if number == 3:
+            self.looker = nn.Linear(DIM, len(CELLS) * sum(PATCH_CLASSES[:3]))
+            model.language_model.model.layers[LOOK_LAYER].self_attn["o_proj"].register_forward_pre_hook(self.keep_attention)
+            heads.append(self.looker)
+        params = [p for head in heads for p in head.parameters()] + [p for key, p in model.named_parameters() if number > 0 or "vision" in key]
         self.params = params
         self.optimizer = torch.optim.AdamW([{"params": [p for p in params if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
                                             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}],
@@ -562,6 +591,21 @@ class Stage:
             right.append((scores.argmax(-1) == labels[..., i])[shown].float().mean().item())
         return loss, right                           # right: of the patches that show an object, by part
 
+    def keep_attention(self, module, inputs):
+        self.attention = inputs[0]                   # (B, T, DIM): what every row's attention brought together, head by head
+
+    def look_loss(self, targets, cells):
+        """Of the row that predicts the first answer's first token; zero where no conversation of the batch begins with a caption."""
+        last = (targets >= 0).float().argmax(1)
+        scores = self.looker(self.attention[torch.arange(len(targets)), last]).view(len(targets), len(CELLS), -1)
+        loss = torch.zeros(())
+        for i, part in enumerate(scores.split(PATCH_CLASSES[:3], -1)):
+            weight = torch.ones(PATCH_CLASSES[i])
+            weight[-1] = 0.25                        # as for the patches: most cells are empty
+            if (cells >= 0).any():
+                loss = loss + F.cross_entropy(part.flatten(0, 1), cells[..., i].flatten(), weight)
+        return loss
+
     def update(self, loss):
         rate = min(1, (self.step + 1) / self.warmup)
         if self.step >= self.warmup:
@@ -578,6 +622,8 @@ class Stage:
     def save(self, work):
         state = {"stage": self.number, "step": self.step, "steps": self.steps, "model": self.model.state_dict(),
                  "head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.number == 3:
+            state["looker"] = self.looker.state_dict()
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write(os.path.join(work, "checkpoint.pt"), buffer.getvalue())
@@ -588,6 +634,8 @@ class Stage:
         self.step = state["step"]
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.number == 3:
+            self.looker.load_state_dict(state["looker"])
 
 
 def train(args):
@@ -612,18 +660,17 @@ def train(args):
             stage.load(state)
         train_stage0(stage, args)
         state = None
-    stage = Stage(1, math.ceil(args.samples / BATCH), 200, 0.03, model)
-    if not state or state["stage"] == 1:
-        if state:
-            stage.load(state)
-        train_answers(stage, tok, conversation, TRAIN + STAGE0_STEPS * STAGE0_BATCH, spm_path, args)
-        state = None
-    first_seed = TRAIN + STAGE0_STEPS * STAGE0_BATCH + stage.steps * BATCH + 8 * BATCH
-    head, stage = stage.head, Stage(2, math.ceil(args.drill / BATCH), 100, 0.03, model)
-    stage.head.load_state_dict(head.state_dict())
-    if state:
-        stage.load(state)
-    train_answers(stage, tok, drill, first_seed, spm_path, args)
+    first_seed, head = TRAIN + STAGE0_STEPS * STAGE0_BATCH, None
+    for number, talk, conversations, warmup in (1, conversation, args.samples, 200), (2, drill, args.drill, 100), (3, mixture, args.look, 100):
+        stage = Stage(number, math.ceil(conversations / BATCH), warmup, 0.03, model)
+        if head:                                     # the patches' head goes on from stage to stage
+            stage.head.load_state_dict(head.state_dict())
+        if not state or state["stage"] <= number:
+            if state and state["stage"] == number:
+                stage.load(state)
+            train_answers(stage, tok, talk, first_seed, spm_path, args)
+            state, head = None, stage.head
+        first_seed += stage.steps * BATCH + 8 * BATCH
     export(model, spm_path, args.out)
     say(f"written: {args.out}; now: python3 export/train_scenes.py eval {args.out}")
 
@@ -648,17 +695,18 @@ def train_answers(stage, tok, talk, first_seed, spm_path, args):
     began, first, sums = time.time(), stage.step, []
     feed = batches(tok, talk, stage.step, BATCH, first_seed)
     while stage.step < stage.steps:
-        pixels, ids, targets, labels = next(feed)
+        pixels, ids, targets, labels, cells = next(feed)
         features = model.see(pixels)
         x = model.read(ids, model.project(features))
         learnt = targets >= 0
         answer_loss = F.cross_entropy(model.logits(x[learnt]), targets[learnt])
         patch_loss, right = stage.patch_loss(features, labels)
-        stage.update(answer_loss + PATCH_LOSS * patch_loss)
-        sums.append((answer_loss.item(), patch_loss.item(), *right))
+        look_loss = stage.look_loss(targets, cells) if stage.number == 3 else torch.zeros(())
+        stage.update(answer_loss + PATCH_LOSS * patch_loss + LOOK_LOSS * look_loss)
+        sums.append((answer_loss.item(), patch_loss.item(), look_loss.item(), *right))
         if stage.step % 50 == 0:
             ms = 1000 * (time.time() - began) / (stage.step - first)
-            say("stage {}  step {}/{}  answers {:.4f}  patches {:.3f}  shape {:.2f} colour {:.2f} size {:.2f}  {:.0f} ms/step  {:.0f} min left"
+            say("stage {}  step {}/{}  answers {:.4f}  patches {:.3f}  look {:.3f}  shape {:.2f} colour {:.2f} size {:.2f}  {:.0f} ms/step  {:.0f} min left"
                 .format(stage.number, stage.step, stage.steps, *np.mean(sums, 0), ms, ms * (stage.steps - stage.step) / 60000))
             sums = []
         if stage.step % 250 == 0 or stage.step == stage.steps:
@@ -913,6 +961,7 @@ def main():
     c.add_argument("--out", default="scenes-hf", help="folder for the result, in Hugging Face's format")
     c.add_argument("--samples", type=int, default=190_016, help="conversations of stage 1")
     c.add_argument("--drill", type=int, default=48_000, help="conversations of stage 2")
+    c.add_argument("--look", type=int, default=32_000, help="conversations of stage 3")
     c.add_argument("--stage0-steps", type=int, default=STAGE0_STEPS, help="steps of stage 0, for trials")
     c.add_argument("--early", help="folder to export unfinished networks to, from the first one on")
     c.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads; 1 where other programs compute too: threads that wait for each other lose more than they gain")
