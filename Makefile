@@ -52,6 +52,10 @@ $(BUILD)/kernels_emulated.o: kernels.cu $(HEADERS) Makefile | $(BUILD)
 	$(EMULATE) -Dcuda=cuda_on_cpu -include tests/cuda_on_cpu.h -x c++ -c -o $@ $<
 $(BUILD)/cuda_scenes: tests/cuda_scenes.c $(BUILD)/kernels_emulated.o $(OBJ) $(HEADERS) llava.c Makefile
 	$(C) $(STRICT) -DEMULATED -o $@ $< $(BUILD)/kernels_emulated.o $(filter-out %_cuda.o,$(OBJ)) -lstdc++ -lm
+$(BUILD)/gpu_model_emulated: tests/gpu_model.c $(BUILD)/kernels_emulated.o $(OBJ) $(HEADERS) llava.c Makefile
+	$(C) $(STRICT) -DEMULATED -o $@ $< $(BUILD)/kernels_emulated.o $(filter-out %_cuda.o,$(OBJ)) -lstdc++ -lm
+$(BUILD)/gpu_scenes: tests/cuda_scenes.c $(OBJ) $(HEADERS) llava.c Makefile
+	$(C) $(STRICT) -o $@ $< $(OBJ) $(CUDALIB) -lm
 
 demo:                                       ## build, then describe a picture with the small model that ships
 	@sh tests/deps.sh demo $(DEPS)
