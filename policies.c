@@ -243,7 +243,8 @@ void drop_lowest(Run *r, int lo, const int *from_end) { r->verbs->drop_lowest(r,
 //
 // The same slots in all layers and heads: `random` gives every token a lot that depends on the run's seed and the token alone
 // (so a smaller budget keeps a subset of a larger one), `stride` spreads what stays evenly. `:rows` prunes image rows before
-// layer 0, as FastV would if it ranked by nothing. Safe: with what=image all that is no image; a prompt's last row.
+// layer 0, as FastV would if it ranked by nothing. With -B all answers go on from one prompt and so from one draw, by -s.
+// Safe: with what=image all that is no image; a prompt's last row.
 
 static float lot(uint64_t seed, int token) {     // in [0, 1) (splitmix64: Steele et al. 2014)
     uint64_t z = seed + (uint64_t)(token + 1) * 0x9e3779b97f4a7c15u;
@@ -301,7 +302,7 @@ static void stride_rows(Run *r, int layer) { control_rows(r, layer, true); }
 //
 //     keep = first `sinks`  +  last B - sinks        B = L - trunc(L - L * (1 - ratio)), L the prompt's length
 //
-// Paper: Xiao et al. 2023, arXiv:2309.17453, section 3.2. The cache keeps the size B: while decoding, the oldest slot behind
+// Paper: Xiao et al. 2023, arXiv:2309.17453. The cache keeps the size B: while decoding, the oldest slot behind
 // the sinks leaves at every token. Positions are those within the cache, so kept keys are turned to their slot (renumber)
 // and the next token stands at the slot count (--pos slot by default; with --pos true nothing is turned).
 // Safe: the sinks. With B <= sinks they are all that stays.
@@ -340,7 +341,7 @@ static void streaming_released(Run *r) {
 //     score[j] = sum_t att[t,j]                   over every query t so far, one sum per kv head
 //     keep     = last M  +  top N by score        N = trunc(L * important), M = trunc(L * recent), each (1 - ratio) / 2
 //
-// Paper: Zhang et al. 2023, arXiv:2306.14048, section 4 and Algorithm 1. Scores go on while decoding (DECODE_VOTES) and at
+// Paper: Zhang et al. 2023, arXiv:2306.14048. Scores go on while decoding (DECODE_VOTES) and at
 // every token the lowest slot outside the last M leaves each head, so that N + M stay. Safe: the last M.
 // Differs: the paper cuts at every token of the prompt; here the prompt is read whole, then cut.
 
@@ -405,26 +406,26 @@ static void h2o_released(Run *r) {
 //     score[j] = sum over the last `window` queries of att[t,j], then the mean over `pool` neighbours
 //     keep     = the window  +  top N of the rest by score, per kv head, once, after the prompt
 //
-// Paper: Li et al. 2024, arXiv:2404.14469, section 4 (window 32 and kernel 5 in the code's default configuration).
-// N = B - window with B = L - trunc(L - L * (1 - ratio)), or trunc(L * important). Safe: the window.
-// Differs: the paper's capacity is a constant (2,048); here it follows the ratio.
+// Paper: Li et al. 2024, arXiv:2404.14469 (window 32 and kernel 5 in the authors' default configuration). Safe: the last M slots.
+// M = the window, or trunc(L * recent); N = B - M with B = L - trunc(L - L * (1 - ratio)), or trunc(L * important).
+// Differs: the authors' capacity is a constant (2,048, window included); here it follows the ratio.
 //
 // :lookm is the baseline row of LOOK-M's tables (github.com/SUSTechBruce/LOOK-M): the window is the recent part itself,
 // M = trunc(L * recent) queries and slots, and N = trunc(L * important), each (1 - ratio) / 2. It alone of that
 // release also compresses prompts without an image.
 
-static int snapkv_window(const Run *r, int rows) {
+static int snapkv_window(const Run *r, int rows) {                   // queries that vote
     if (given(r, "window")) return min(opt(r, "window"), rows);
     return (int)((double)rows * (given(r, "recent") ? opt(r, "recent") : (1.0 - r->ratio) / 2));
 }
 static int snapkv_voters(const Run *r, int layer) { (void)layer; return snapkv_window(r, r->n_rows); }
 
 static void snapkv(Run *r) {
-    bool paper = option_at(((const Part *)r->opts)->policy->options, "recent") < 0;
+    bool paper = !strcmp(((const Part *)r->opts)->policy->name, "snapkv");
     #pragma omp parallel for
     for (int i = 0; i < r->n_layers * r->n_kv_heads; i++) {
         Head *c = &r->head[i];
-        int M = paper ? snapkv_window(r, c->len) : part(r, c, "recent");
+        int M = paper && !given(r, "recent") ? snapkv_window(r, c->len) : part(r, c, "recent");
         int N = paper && !given(r, "important") ? max(0, c->len - over_budget(c->len, c->len, r->ratio) - M) : part(r, c, "important");
         if (c->len < N + M) continue;
         pool(c->score, c->len - M, opt(r, "pool"));
@@ -441,7 +442,7 @@ static void snapkv(Run *r) {
 //     X[a]      = (X[a] + sum of the other middle slots nearest to a) / (1 + their number)        X in {key, value}
 //     p         = L - f + distance                where, while decoding, the slot leaves whenever trunc(n - N * (1 - ratio)) >= 1
 //
-// Paper: Liu et al. 2024, arXiv:2407.18121, section 3. Ties of distance go to the lower anchor. Safe: the first `start`, the
+// Paper: Liu et al. 2024, arXiv:2407.18121. Ties of distance go to the lower anchor. Safe: the first `start`, the
 // last, which receive nothing, and while decoding all before p (at least `start`; a distance > 0 is p itself).
 // L - f slots stay, though never less than start + 1. merge=off drops instead of averaging.
 //
@@ -455,10 +456,10 @@ static void snapkv(Run *r) {
 
 static void elastic(Run *r) {
     int start = opt(r, "start"), distance = opt(r, "distance");
-    bool merge = chosen(r, "merge", "on"), as_released = released(r), said = false;
+    bool merge = chosen(r, "merge", "on"), as_released = released(r), none = false;
     int room = 0;
     LayerMemo *memo = r->mem;
-    #pragma omp parallel for if (!r->step) reduction(max:room) reduction(||:said)
+    #pragma omp parallel for if (!r->step) reduction(max:room) reduction(||:none)
     for (int l = 0; l < r->n_layers; l++) {
         Head *c = head(r, l, 0);
         int L = c->len, m = L - start - 1, f = over_budget(L, c->seen, r->ratio);
@@ -471,7 +472,7 @@ static void elastic(Run *r) {
         bool *anchor = need(L, sizeof *anchor), *source = need(L, sizeof *source);
         int *near = need(L, sizeof *near);
         if (as_released && m > 0) {
-            if (f > m - 2) { f = m - 2; said = true; }
+            if (f > m - 2) { f = m - 2; none = true; }
             int *g = argsort(score + start, m);
             for (int k = 0; k < m; k++) {
                 anchor[start + k] = g[k] > f;
@@ -495,9 +496,7 @@ static void elastic(Run *r) {
         free(near);
     }
     r->room = min(r->room, room);
-    static bool told;
-    if (said && !told) fprintf(stderr, "note: elastic:released: so many slots leave that no anchor would stay; one does\n");
-    told |= said;
+    if (none) r->note = "elastic:released: so many slots leave that no anchor would stay; one does";
 }
 
 // ----------------------------------------------------------------------------
@@ -596,7 +595,7 @@ static void prefixkv(Run *r) {
 //     pivot      X[j] = (X[j] + sum_i (X[i] + X[j]) / 2) / (1 + n_j)             eq. 11, the default
 //     weighted   X[j] = (X[j] + sum_i cos(k[i], k[j]) X[i]) / (1 + n_j)          eq. 12
 //
-// Paper: Wan et al. 2024, arXiv:2406.18139, section 3. Once, after the prompt; nothing leaves while decoding. Safe: W, the text.
+// Paper: Wan et al. 2024, arXiv:2406.18139. Once, after the prompt; nothing leaves while decoding. Safe: W, the text.
 // L <= N + M: nothing happens. budget=strict counts the text: exactly N + M stay. prior=off ranks text and images alike.
 //
 // :released (github.com/SUSTechBruce/LOOK-M at ecf0f51) differs from the paper's text in this:
@@ -713,7 +712,7 @@ static int fastv_window(const Run *r, bool *among, int shift) {
     int start = given(r, "start") ? opt(r, "start") : first + shift, end = start + (given(r, "length") ? (int)opt(r, "length") : n_image);
     if (end > r->n_seen && given(r, "start"))
         die("the window is start … start + length - 1, by token index; without these options it is the image",
-            "%s: start=%d,length=%d reach past the prompt's %d tokens", ((const Part *)r->opts)->policy->name, start, end - start, r->n_seen);
+            "-p %s:start=%d,length=%d: reaches past the prompt's %d tokens", ((const Part *)r->opts)->policy->name, start, end - start, r->n_seen);
     for (int i = 0; i < r->n_rows; i++) {
         int t = r->row[i];
         among[t] = r->row_keep[i] && (window ? t >= start && t < end : r->kind[t] == IMAGE);
@@ -724,8 +723,9 @@ static int fastv_window(const Run *r, bool *among, int shift) {
 
 static int fastv_budget(const Run *r, int n) {
     const char *name = ((const Part *)r->opts)->policy->name;
-    if (given(r, "keep") && opt(r, "keep") > n && n) die("keep counts the image rows that stay", "%s: keep=%g, but there are %d to choose from", name, opt(r, "keep"), n);
-    return given(r, "keep") ? (int)opt(r, "keep") : !strcmp(name, "fastv:lmms") ? (int)(n * (1.0 - r->ratio)) : (int)rint(n * (1.0 - r->ratio));
+    if (!given(r, "keep")) return !strcmp(name, "fastv:lmms") ? (int)(n * (1.0 - r->ratio)) : (int)rint(n * (1.0 - r->ratio));
+    if (opt(r, "keep") > n) die("keep counts the image rows that stay", "-p %s:keep=%g: there are %d to choose from", name, opt(r, "keep"), n);
+    return (int)opt(r, "keep");
 }
 
 static void fastv_prune(Run *r, int layer, bool *among, int n_keep) {
@@ -772,7 +772,7 @@ static void fastv_mask(Run *r, int layer) {
 //     sim[i,c] = cos(image row i, embedding of text token c)         before layer 0, no attention involved
 //     keep     = the K image rows with the largest max_c sim[i,c]    K = `tokens`, or rint(n * (1 - ratio))
 //
-// Paper: Zhang et al. 2024, arXiv:2412.09817, eq. 10 - 14. Text: context, question, options, without the system part. Safe: what is
+// Paper: Zhang et al. 2024, arXiv:2412.09817. Text: context, question, options, without the system part. Safe: what is
 // no image; the prompt's last row. Differs: eq. 12 - 14 select K pairs; text, tables and code count K tokens, and so does this.
 // The paper masks the others' keys in all layers; nobody sees them, so leaving their rows out gives the same values.
 //
@@ -794,10 +794,11 @@ static void simignore(Run *r, int layer) {
     bool *among = need(r->n_rows, sizeof *among);
     int taken, all = 0, n = image_rows(r, among, &taken);
     for (int i = 0; i < r->n_rows; i++) all += r->kind[r->row[i]] == IMAGE;
-    if (n && !r->n_text) die("ask a question about the picture", "simignore: the prompt has no text to compare the image with");
+    if (n && !r->n_text) die("ask a question about the picture", "-p simignore: the prompt has no text to compare the image with");
     if (n) {
         float *sim = need((size_t)all * r->n_text, sizeof *sim), *best = need(r->n_rows, sizeof *best);
         int K = given(r, "tokens") ? (int)opt(r, "tokens") : (int)rint(n * (1.0 - r->ratio));
+        if (K > n) r->note = "simignore: tokens is more than there are image rows; all stay";
         text_cosine(r, sim);
         for (int i = 0, image = 0; i < r->n_rows; i++) {
             if (r->kind[r->row[i]] != IMAGE) continue;
@@ -819,12 +820,13 @@ static void simignore_released(Run *r, int layer) {
         for (int i = 0; i < r->n_rows; i++) n += ignored[r->row[i]] = r->kind[r->row[i]] == IMAGE;
         int pairs = n * r->n_text, K = given(r, "tokens") ? (int)opt(r, "tokens") : (int)rint(n * (1.0 - r->ratio));
         if (!n) return;
-        if (!r->n_text) die("ask a question with options about the picture", "simignore: the prompt has no text to compare the image with");
+        if (!r->n_text) die("ask a question with options about the picture", "-p simignore: the prompt has no text to compare the image with");
         int *image = need(n, sizeof *image);     // token index of image row i
         float *sim = need(pairs, sizeof *sim);
         Ranked *pair = need(pairs, sizeof *pair);
         for (int i = 0, at = 0; i < r->n_rows; i++)
             if (ignored[r->row[i]]) image[at++] = r->row[i];
+        if (K > n) r->note = "simignore: tokens is more than there are image rows; all stay";
         text_cosine(r, sim);
         for (int p = 0; p < pairs; p++) pair[p] = (Ranked){ sim[p], p };
         qsort(pair, pairs, sizeof *pair, by_cosine);
@@ -864,35 +866,50 @@ const Policy policies[] = {
     { "random:rows", "", "image rows by lot, before layer 0", "", .admit = random_rows, .flags = PRUNES_ROWS },
     { "stride", "", "image slots at even distances", "what=image|all", .compress = stride_slots },
     { "stride:rows", "", "image rows at even distances, before layer 0", "", .admit = stride_rows, .flags = PRUNES_ROWS },
-    { "streaming", "arXiv:2309.17453", "first and latest slots, positions within the cache", "sinks=4", .compress = streaming, .flags = SLOT_POS | EVERY_TOKEN },
-    { "streaming:released", "arXiv:2407.18121", "Elastic Cache's baseline: keys as rotated, grows", "start=1", .compress = streaming_released, .flags = SLOT_POS | EVERY_TOKEN | RELEASED },
-    { "h2o", "arXiv:2306.14048", "recent slots and heavy hitters, a head, at every token", "important,recent", .voters = all_queries, .compress = h2o, .flags = EVERY_TOKEN | DECODE_VOTES },
-    { "h2o:released", "arXiv:2407.18121", "Elastic Cache's baseline: one list for the model", "start=1,buffer=2049", .voters = all_queries, .compress = h2o_released,
+    { "streaming", "arXiv:2309.17453", "first and latest slots, positions within the cache",
+      "sinks=4", .compress = streaming, .flags = SLOT_POS | EVERY_TOKEN },
+    { "streaming:released", "arXiv:2407.18121", "Elastic Cache's baseline: keys as rotated, grows",
+      "start=1", .compress = streaming_released, .flags = SLOT_POS | EVERY_TOKEN | RELEASED },
+    { "h2o", "arXiv:2306.14048", "recent slots and heavy hitters, a head, at every token",
+      "important,recent", .voters = all_queries, .compress = h2o, .flags = EVERY_TOKEN | DECODE_VOTES },
+    { "h2o:released", "arXiv:2407.18121", "Elastic Cache's baseline: one list for the model",
+      "start=1,buffer=2049", .voters = all_queries, .compress = h2o_released,
       .flags = SLOT_POS | EVERY_TOKEN | DECODE_VOTES | DECODE_SCORES | RELEASED, .mem_token = sizeof(float) },
-    { "h2o:lookm", "arXiv:2406.18139", "LOOK-M's baseline: recent and heavy, a head, once", "important,recent", .voters = all_queries, .compress = h2o_lookm },
-    { "roco", "arXiv:2406.18139", "LOOK-M's RoCo row: the ranking of h2o:lookm", "important,recent", .voters = all_queries, .compress = h2o_lookm },
-    { "snapkv", "arXiv:2404.14469", "the window, and what it looks at, a head, once", "window=32,pool=5,important", .voters = snapkv_voters, .compress = snapkv },
-    { "snapkv:lookm", "arXiv:2406.18139", "LOOK-M's baseline: window = the recent part", "window,pool=5,important,recent", .voters = snapkv_voters, .compress = snapkv },
-    { "elastic", "arXiv:2407.18121", "anchors, with the others averaged into the nearest", "start=1,distance=-25,merge=on|off", .voters = all_queries, .compress = elastic,
-      .flags = EVERY_TOKEN, .mem_layer = sizeof(LayerMemo) },
-    { "elastic:released", "arXiv:2407.18121", "the same with the release's index mix-ups", "start=1,distance=-25,merge=on|off", .voters = all_queries, .compress = elastic,
+    { "h2o:lookm", "arXiv:2406.18139", "LOOK-M's baseline: recent and heavy, a head, once",
+      "important,recent", .voters = all_queries, .compress = h2o_lookm },
+    { "roco", "arXiv:2406.18139", "LOOK-M's RoCo row: the ranking of h2o:lookm",
+      "important,recent", .voters = all_queries, .compress = h2o_lookm },
+    { "snapkv", "arXiv:2404.14469", "the window, and what it looks at, a head, once",
+      "window=32,pool=5,important,recent", .voters = snapkv_voters, .compress = snapkv },
+    { "snapkv:lookm", "arXiv:2406.18139", "LOOK-M's baseline: window = the recent part",
+      "window,pool=5,important,recent", .voters = snapkv_voters, .compress = snapkv },
+    { "elastic", "arXiv:2407.18121", "anchors, with the others averaged into the nearest",
+      "start=1,distance=-25,merge=on|off", .voters = all_queries, .compress = elastic, .flags = EVERY_TOKEN, .mem_layer = sizeof(LayerMemo) },
+    { "elastic:released", "arXiv:2407.18121", "the same with the release's index mix-ups",
+      "start=1,distance=-25,merge=on|off", .voters = all_queries, .compress = elastic,
       .flags = SLOT_POS | EVERY_TOKEN | RELEASED, .mem_layer = sizeof(LayerMemo) },
-    { "prefixkv", "arXiv:2412.03409", "a layer's best, by a file or as :online", "start=1,distance=-25,conf", .voters = all_queries, .compress = prefixkv,
-      .flags = SLOT_POS | EVERY_TOKEN, .mem_layer = sizeof(LayerMemo) },
-    { "prefixkv:online", "arXiv:2412.03409", "a layer's best, up to one share of attention for all", "start=1,distance=-25", .voters = all_queries, .compress = prefixkv,
-      .flags = SLOT_POS | EVERY_TOKEN, .mem_layer = sizeof(LayerMemo) },
-    { "lookm", "arXiv:2406.18139", "text, recent, best images; the others merged in", LOOKM_OPTIONS ",budget=union|strict", .voters = all_queries, .compress = lookm },
-    { "lookm:released", "arXiv:2406.18139", "the same with the release's filter and sinks", LOOKM_OPTIONS ",sinks=4", .voters = all_queries, .compress = lookm, .flags = RELEASED },
-    { "fastv", "arXiv:2403.06764", "from layer k on, image rows that layer k-1 looked at", "k=2," FASTV_OPTIONS, .admit = fastv, .flags = PRUNES_ROWS },
-    { "fastv:mask", "arXiv:2403.06764", "all slots, but deep layers see the chosen alone", "k=2," FASTV_OPTIONS, .admit = fastv_mask,
-      .flags = PRUNES_ROWS | DECODE_ADMIT | EVERY_TOKEN, .mem_token = sizeof(bool) },
-    { "fastv:recompute", "arXiv:2403.06764", "no cache: pruned anew for every token", "k=2," FASTV_OPTIONS, .admit = fastv, .flags = PRUNES_ROWS | RECOMPUTE },
+    { "prefixkv", "arXiv:2412.03409", "a layer's best, by a file or as :online",
+      "start=1,distance=-25,conf", .voters = all_queries, .compress = prefixkv, .flags = SLOT_POS | EVERY_TOKEN, .mem_layer = sizeof(LayerMemo) },
+    { "prefixkv:online", "arXiv:2412.03409", "a layer's best, up to one share of attention for all",
+      "start=1,distance=-25", .voters = all_queries, .compress = prefixkv, .flags = SLOT_POS | EVERY_TOKEN, .mem_layer = sizeof(LayerMemo) },
+    { "lookm", "arXiv:2406.18139", "text, recent, best images; the others merged in",
+      LOOKM_OPTIONS ",budget=union|strict", .voters = all_queries, .compress = lookm },
+    { "lookm:released", "arXiv:2406.18139", "the same with the release's filter and sinks",
+      LOOKM_OPTIONS ",sinks=4", .voters = all_queries, .compress = lookm, .flags = RELEASED },
+    { "fastv", "arXiv:2403.06764", "from layer k on, image rows that layer k-1 looked at",
+      "k=2," FASTV_OPTIONS, .admit = fastv, .flags = PRUNES_ROWS },
+    { "fastv:mask", "arXiv:2403.06764", "all slots, but deep layers see the chosen alone",
+      "k=2," FASTV_OPTIONS, .admit = fastv_mask, .flags = PRUNES_ROWS | DECODE_ADMIT | EVERY_TOKEN, .mem_token = sizeof(bool) },
+    { "fastv:recompute", "arXiv:2403.06764", "no cache: pruned anew for every token",
+      "k=2," FASTV_OPTIONS, .admit = fastv, .flags = PRUNES_ROWS | RECOMPUTE },
     { "fastv:lmms", "arXiv:2403.06764", "lmms-eval's version of fastv", "r=0.5,k=3," FASTV_OPTIONS, .admit = fastv, .flags = PRUNES_ROWS },
     { "simignore", "arXiv:2412.09817", "image rows that resemble a word of the text", "tokens", .admit = simignore, .flags = PRUNES_ROWS },
-    { "simignore:released-7b", "arXiv:2412.09817", "the same along pairs, then FastV at layer k", "r=0.21528,k=5,i0=1,step=1," SIM_OPTIONS,
-      .admit = simignore_released, .compress = simignore_forget, .flags = RELEASED | SPLIT_7B, .mem_token = 1 },
-    { "simignore:released-13b", "arXiv:2412.09817", "the same with the 13B script's numbers", "r=0.21701,k=4,i0=0,step=2," SIM_OPTIONS,
-      .admit = simignore_released, .compress = simignore_forget, .flags = RELEASED | SPLIT_13B, .mem_token = 1 },
+    { "simignore:released-7b", "arXiv:2412.09817", "the same along pairs, then FastV at layer k",
+      "r=0.21528,k=5,i0=1,step=1," SIM_OPTIONS, .admit = simignore_released, .compress = simignore_forget,
+      .flags = RELEASED | SPLIT_7B, .mem_token = 1 },
+    { "simignore:released-13b", "arXiv:2412.09817", "the same with the 13B script's numbers",
+      "r=0.21701,k=4,i0=0,step=2," SIM_OPTIONS, .admit = simignore_released, .compress = simignore_forget,
+      .flags = RELEASED | SPLIT_13B, .mem_token = 1 },
     { 0 }
 };
 
@@ -903,12 +920,12 @@ const Policy policies[] = {
 static const struct { const char *name, *means; double lo, hi; bool whole; } ranges[] = {
     { "r", "fraction dropped", 0, 1, false },
     { "important", "fraction of the prompt kept for its scores", 0, 1, false },
-    { "recent", "fraction of the prompt kept as its end", 0, 1, false },
+    { "recent", "fraction of the prompt kept as its end; snapkv: by default the window", 0, 1, false },
     { "start", "first slots that are safe; fastv, simignore: first row of the window", 0, 1e9, true },
     { "sinks", "first slots that are safe", 0, 1e9, true },
     { "distance", "place of the fixed point: > 0 from the start, else from the end of what stays", -1e9, 1e9, true },
     { "buffer", "places of the release's score list", 1, 1e9, true },
-    { "window", "queries at the prompt's end that vote", 1, 1e9, true },
+    { "window", "queries at the prompt's end that vote; snapkv:lookm: by default the recent part", 1, 1e9, true },
     { "pool", "slots that a score is averaged over, an odd number", 1, 1e9, true },
     { "k", "first layer without the dropped rows: 1 to layers - 1", 1, 1e9, true },
     { "keep", "image rows that stay", 0, 1e9, true },
@@ -928,7 +945,8 @@ __attribute__((noreturn)) static void unknown_policy(const char *name) {
 
 __attribute__((noreturn)) static void bad_option(const Policy *p, const char *what, const char *why) {
     char list[512];
-    snprintf(list, sizeof list, "%s takes r (the fraction dropped)%s%s; -p help says more", p->name, *p->options ? " and " : "", p->options);
+    const char *first = p->admit || p->compress ? "r (the fraction dropped)" : "no options";
+    snprintf(list, sizeof list, "%s takes %s%s%s; -p help says more", p->name, first, *p->options ? " and " : "", p->options);
     die(list, "-p %s:%s: %s", p->name, what, why);
 }
 
@@ -1027,19 +1045,20 @@ static Part parse_part(char *spec, double ratio, int n_layers, bool *on) {
     if (isnan(part.ratio)) part.ratio = ratio;
     bool amount = false, missing = false;
     for (size_t i = 0; i < sizeof amounts / sizeof *amounts; i++) amount |= is_given(&part, amounts[i]);
-    if (is_given(&part, "important") != is_given(&part, "recent") && option_at(part.policy->options, "recent") >= 0) missing = isnan(part.ratio);
+    bool window = strstr(part.policy->options, "window=") != NULL;                // snapkv: the recent part is the window by default
+    if (is_given(&part, "important") != is_given(&part, "recent") && !(window && is_given(&part, "important"))) missing = isnan(part.ratio);
     if (missing) bad_option(part.policy, is_given(&part, "recent") ? "recent" : "important", "give both important and recent, or one of them and -r");
-    for (int i = 0; option_names(part.policy->options, i, name, value); i++) {    // defaults
-        bool words = strchr(value, '|') != NULL;
-        value[strcspn(value, "|")] = 0;
-        if (!strcmp(name, "r")) { if (isnan(part.ratio)) part.ratio = atof(value); }
-        else if (*value && !is_given(&part, name)) {
-            if (words) parse_option(&part, name, value, n_layers);
-            else parse_number(&part, i, name, value, n_layers);
-        }
-    }
+    for (int i = 0; option_names(part.policy->options, i, name, value); i++)       // defaults: first the ratio's, which decides
+        if (!strcmp(name, "r") && isnan(part.ratio)) part.ratio = atof(value);
     if (isnan(part.ratio)) part.ratio = 0;
     *on = (part.policy->admit || part.policy->compress) && (amount || part.ratio > 0);
+    for (int i = 0; *on && option_names(part.policy->options, i, name, value); i++) {
+        bool words = strchr(value, '|') != NULL;
+        value[strcspn(value, "|")] = 0;
+        if (!*value || !strcmp(name, "r") || is_given(&part, name)) continue;
+        if (words) parse_option(&part, name, value, n_layers);
+        else parse_number(&part, i, name, value, n_layers);
+    }
     return part;
 }
 
@@ -1091,5 +1110,5 @@ void policy_help(FILE *out) {
     fprintf(out, "\n%-12s %s\n", "option", "meaning");
     for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++) fprintf(out, "%-12s %s\n", ranges[i].name, ranges[i].means);
     fprintf(out, "%-12s %s\n", "conf", "prefixkv: a file with one fraction dropped a layer, [a, b, ...]");
-    fprintf(out, "%s\n", "A word option lists its words, the default first. NAME is the paper's method, NAME:released what its authors' code decides.");
+    fputs("A word option lists its words, the default first. NAME is the paper's method, NAME:released what its authors' code decides.\n", out);
 }

@@ -50,6 +50,7 @@ struct Run {
     bool renumber;           // false on entry. StreamingLLM: after the plan, turn kept keys to their slot's position
     int room;                // tokens to come on entry, after the prompt: places that every head gets beyond what stays. A page whose
                              // cache grows by less says so here, and the memory is not taken
+    const char *note;        // NULL on entry. What the user should be told, once: where a page does other than it was asked to
     void *mem;               // the policy's own (Policy.mem…), zero before the prompt; saved with the cache
     int n_rows;              // admit and voters only: rows about to enter the layer
     const int *row;          // admit only: (n_rows,) their token indices, ascending

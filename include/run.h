@@ -11,6 +11,7 @@
 #include "error.h"
 #include "kernels.h"
 #include "policies.h"
+#include "progress.h"
 
 typedef struct Runs {
     int n_layers, n_heads, n_kv_heads, head_dim, dim;
@@ -189,7 +190,12 @@ static inline void take_part(Runs *r, Run *q, int i) {
     q->opts = &r->chain->part[i];
     q->mem = (char *)q->mem + parts_mem(r, i);      // leave_part takes it back
 }
-static inline void leave_part(Runs *r, Run *q, int i) { q->mem = (char *)q->mem - parts_mem(r, i); }
+static inline void leave_part(Runs *r, Run *q, int i) {
+    static const char *told;
+    if (q->note && q->note != told && !quiet) fprintf(stderr, "note: %s\n", told = q->note);
+    q->note = NULL;
+    q->mem = (char *)q->mem - parts_mem(r, i);
+}
 
 // The parts of the sum look at the rows of sequence s, n of them from row `at` of the pass on.
 static inline void admit_sequence(Runs *r, int layer, int s, int at, int n) {

@@ -7,10 +7,13 @@
 //     case NAME · method NAME · int|num|tol NAME VALUE · ints|expect_ints NAME N v… · tensor|expect_tensor NAME NDIM d… v… · step T
 // A line a case; what is expected and not known here fails, so that nothing is skipped in silence (but order_…: ranks that only
 // explain a decision). Exit status 1 if anything failed. A case runs in a process of its own: one that dies is one that failed.
+// A file that breaks the format is an error, counts as one failure and ends there; the next file is read all the same.
 
 #define NO_MAIN
 #include "../llava.c"
 #include <ctype.h>
+#include <limits.h>
+#include <setjmp.h>
 #include <sys/wait.h>
 #include "given.h"
 
@@ -33,20 +36,41 @@ typedef struct {
 typedef struct {
     char name[128], method[64];
     Record *record;
-    int n, room, steps;          // steps: the highest
+    int n, room, steps;          // steps: the last that has records
     bool failed;
 } Case;
 
-typedef struct { const char *path; char *text, *at; } Reader;
+typedef struct {
+    const char *path;
+    char *text, *at, *end;
+    int line, next_line;         // of the word read last; of what follows
+    Case c;                      // under way
+    jmp_buf broken;
+} Reader;
+
+// The file breaks the format: what follows in it is not read.
+__attribute__((noreturn, format(printf, 2, 3)))
+static void broken(Reader *r, const char *format, ...) {
+    va_list args;
+    fflush(stdout);
+    fprintf(stderr, "error: %s:%d: ", r->path, r->line);
+    if (*r->c.name) fprintf(stderr, "case %s: ", r->c.name);
+    va_start(args, format);
+    vfprintf(stderr, format, args);
+    va_end(args);
+    fputc('\n', stderr);
+    longjmp(r->broken, 1);
+}
 
 // The next word, or NULL at the end of the file.
 static char *word(Reader *r) {
     char *p = r->at;
     for (;;) {
-        while (isspace((unsigned char)*p)) p++;
+        while (isspace((unsigned char)*p)) r->next_line += *p++ == '\n';
         if (*p != '#') break;
         while (*p && *p != '\n') p++;
     }
+    r->line = r->next_line;
     if (!*p) { r->at = p; return NULL; }
     char *start = p;
     while (*p && !isspace((unsigned char)*p) && *p != '#') p++;
@@ -54,74 +78,105 @@ static char *word(Reader *r) {
         char *c = p;
         while (*c && *c != '\n') *c++ = ' ';
     }
+    r->next_line += *p == '\n';
     if (*p) *p++ = 0;
     r->at = p;
     return start;
 }
 static char *must(Reader *r, const char *what) {
     char *w = word(r);
-    if (!w) die(NULL, "%s: ends where %s should stand", r->path, what);
+    if (!w) broken(r, "ends where %s should stand", what);
     return w;
 }
 static double number(Reader *r, const char *what) {
     char *w = must(r, what), *end;
     double x = strtod(w, &end);
-    if (end == w || *end) die(NULL, "%s: `%s` is not a number (%s)", r->path, w, what);
+    if (end == w || *end || !isfinite(x)) broken(r, "`%s` is not a number (%s)", w, what);
     return x;
 }
-static long integer(Reader *r, const char *what) {
+static int integer(Reader *r, const char *what, int lo, int hi) {
     double x = number(r, what);
-    if (x != rint(x) || fabs(x) > 2147483647.0) die(NULL, "%s: %s must be an integer, not %g", r->path, what, x);
-    return (long)x;
+    if (x != rint(x) || x < lo || x > hi) broken(r, "%s: %g: allowed are integers from %d to %d", what, x, lo, hi);
+    return (int)x;
 }
 
-static void read_record(Reader *r, Case *c, int kind, int step) {
+// What the parameters of a case may be: a broken one is an error, not a crash.
+enum { MOST = 1 << 20 };
+static const struct { const char *name; int lo, hi; } limits[] = {
+    { "layers", 1, 1024 }, { "heads", 1, 1024 }, { "kv_heads", 1, 1024 }, { "head_dim", 1, 4096 }, { "dim", 1, 1 << 16 }, { "hidden_dim", 1, 1 << 18 },
+    { "vocab", 1, MOST }, { "prompt", 1, MOST }, { "steps", 0, MOST }, { "image_start", 0, MOST }, { "image_len", 0, MOST }, { "k", 1, 1024 },
+    { "keep", 0, MOST }, { "k_sim", 0, MOST }, { "i0", 0, MOST }, { "step", 1, MOST }, { "fastv_start", 0, MOST }, { "fastv_len", 0, MOST },
+    { "start_size", 0, MOST }, { "recent_size", 0, MOST }, { "protect_size", 0, MOST }, { "distance", -MOST, MOST }, { "sinks", 0, MOST },
+    { "window", 1, MOST }, { "pool", 1, MOST }, { "ratio", 0, 1 }, { "rho_L", 0, 1 }, { "hh_ratio", 0, 1 }, { "recent_ratio", 0, 1 } };
+
+static void read_record(Reader *r, int kind, int step) {
+    Case *c = &r->c;
     if (c->n == c->room) {
         c->record = realloc(c->record, (c->room = 2 * c->room + 64) * sizeof *c->record);
         if (!c->record) die(NULL, "out of memory");
     }
     Record *x = &c->record[c->n++];
     *x = (Record){ .kind = kind, .step = step, .n = 1 };
-    snprintf(x->name, sizeof x->name, "%s", must(r, "a name"));
-    if (kind <= TOL) { x->value = kind == INT ? (double)integer(r, x->name) : number(r, x->name); return; }
-    if (kind == INTS || kind == EXPECT_INTS) x->n_dims = 1;
-    else x->n_dims = (int)integer(r, "the number of dimensions");
-    if (x->n_dims < 0 || x->n_dims > 8) die(NULL, "%s: %s has %d dimensions", r->path, x->name, x->n_dims);
+    char *name = must(r, "a name");
+    if (strlen(name) >= sizeof x->name) broken(r, "`%s` is too long a name", name);
+    strcpy(x->name, name);
+    bool expected = kind == EXPECT_INTS || kind == EXPECT_TENSOR;
+    for (int i = 0; kind != TOL && i < c->n - 1; i++) {
+        const Record *y = &c->record[i];
+        if (y->step == step && y->kind != TOL && expected == (y->kind > TENSOR) && !strcmp(y->name, x->name)) broken(r, "%s stands twice in this step", x->name);
+    }
+    if (kind <= TOL) {
+        x->value = number(r, x->name);
+        if (kind == INT && (x->value != rint(x->value) || fabs(x->value) > INT_MAX)) broken(r, "%s must be an integer, not %g", x->name, x->value);
+        for (size_t i = 0; kind != TOL && i < sizeof limits / sizeof *limits; i++) {
+            bool layers = !strcmp(limits[i].name, "rho_L"), whole = limits[i].hi > 1;
+            if (layers ? strncmp(x->name, "rho_L", 5) : strcmp(x->name, limits[i].name)) continue;
+            if (x->value < limits[i].lo || x->value > limits[i].hi || (whole && x->value != rint(x->value)))
+                broken(r, "%s %g: allowed are %s from %d to %d", x->name, x->value, whole ? "integers" : "numbers", limits[i].lo, limits[i].hi);
+        }
+        return;
+    }
+    x->n_dims = kind == INTS || kind == EXPECT_INTS ? 1 : integer(r, "the number of dimensions", 0, 8);
     for (int d = 0; d < x->n_dims; d++) {
-        x->dim[d] = (int)integer(r, "a size");
-        if (x->dim[d] < 0 || (x->n *= x->dim[d]) > 1u << 30) die(NULL, "%s: %s has an impossible size", r->path, x->name);
+        x->dim[d] = integer(r, "a size", 0, 1 << 30);
+        if ((x->n *= x->dim[d]) > (size_t)(r->end - r->at)) broken(r, "%s has %zu values or more, and the file ends before", x->name, x->n);
     }
     if (kind == INTS || kind == EXPECT_INTS) x->i = need(x->n, sizeof *x->i);
     else x->f = need(x->n, sizeof *x->f);
     for (size_t i = 0; i < x->n; i++) {
-        if (x->i) { x->i[i] = (int)integer(r, x->name); continue; }
+        if (x->i) { x->i[i] = integer(r, x->name, -INT_MAX, INT_MAX); continue; }
         char *w = must(r, x->name), *end;
         x->f[i] = strtof(w, &end);
-        if (end == w || *end) die(NULL, "%s: `%s` is not a number (%s)", r->path, w, x->name);
+        if (end == w || *end || !isfinite(x->f[i])) broken(r, "`%s` is not a number (%s, of %zu values the one at %zu)", w, x->name, x->n, i);
     }
 }
 
 // The next case of a file; false at its end.
-static bool read_case(Reader *r, Case *c) {
+static bool read_case(Reader *r) {
+    Case *c = &r->c;
+    *c = (Case){ 0 };
     char *w = word(r);
     if (!w) return false;
-    if (strcmp(w, "case")) die(NULL, "%s: `%s` where a case should begin", r->path, w);
-    *c = (Case){ 0 };
+    if (strcmp(w, "case")) broken(r, "`%s` where a case should begin", w);
     snprintf(c->name, sizeof c->name, "%s", must(r, "a case's name"));
     int step = -1;
     while (strcmp(w = must(r, "end"), "end")) {
         int kind = 0;
         while (kind < N_KINDS && strcmp(w, kind_names[kind])) kind++;
-        if (kind < N_KINDS) read_record(r, c, kind, step);
+        if (kind < N_KINDS) read_record(r, kind, step);
         else if (!strcmp(w, "method")) snprintf(c->method, sizeof c->method, "%s", must(r, "a method"));
-        else if (!strcmp(w, "step")) { step = (int)integer(r, "step"); if (step > c->steps) c->steps = step; }
-        else die(NULL, "%s: case %s: unknown record `%s`", r->path, c->name, w);
+        else if (!strcmp(w, "step")) c->steps = step = integer(r, "step (they must rise)", step + 1, MOST);
+        else broken(r, "unknown record `%s`", w);
     }
+    for (int i = 0; i < c->n; i++)
+        if (c->record[i].kind == INT && !strcmp(c->record[i].name, "steps") && c->record[i].value != c->steps)
+            broken(r, "int steps %g, but the last step is %d", c->record[i].value, c->steps);
     return true;
 }
 static void case_free(Case *c) {
     for (int i = 0; i < c->n; i++) { free(c->record[i].i); free(c->record[i].f); }
     free(c->record);
+    *c = (Case){ 0 };
 }
 
 // ----------------------------------------------------------------------------
@@ -146,6 +201,10 @@ static Record *find(Case *c, bool input, int step, const char *format, ...) {   
     }
     if (whole) whole->used = true;
     return whole;
+}
+static Record *typed(Record *x, bool ints) {
+    if (x && !(ints ? (void *)x->i : (void *)x->f)) die(NULL, "%s must be a record of %s", x->name, ints ? "ints" : "a tensor");
+    return x;
 }
 static bool has(Case *c, const char *name) { return find(c, true, -1, "%s", name) != NULL; }
 static double value(Case *c, const char *name) {
@@ -392,25 +451,33 @@ static void take_attention(Case *c, int step, int layer, int n_layers, int n_hea
     given.queries = x->dim[2]; given.keys = x->dim[3];
 }
 
+static void check_sizes(int layers, int heads, int kv_heads, int head_dim, int ctx) {
+    if (heads % kv_heads) die(NULL, "%d heads do not share %d kv_heads evenly", heads, kv_heads);
+    if (head_dim < 1 || 1.0 * (heads + 2 * kv_heads) * (layers + 1) * head_dim * ctx > 1 << 29)
+        die(NULL, "impossible sizes: %d layers, %d heads, head_dim %d, %d tokens", layers, heads, head_dim, ctx);
+}
+
 // ----------------------------------------------------------------------------
 // cases that give keys, values and attention: what stays in the cache, step by step
 
 static void mark_images(Case *c, uint8_t *kind, int prompt) {
-    Record *starts = find(c, true, -1, "image_starts");
+    Record *starts = typed(find(c, true, -1, "image_starts"), true);
     int len = value_or(c, "image_len", 0);
     memset(kind, TEXT, prompt);
-    for (size_t i = 0; starts && i < starts->n; i++)
-        for (int j = starts->i[i]; j < starts->i[i] + len; j++) if (j >= 0 && j < prompt) kind[j] = IMAGE;
+    for (size_t i = 0; starts && i < starts->n; i++) {
+        if (starts->i[i] < 0) die(NULL, "image_starts: %d", starts->i[i]);
+        for (int j = starts->i[i]; j < prompt && j - starts->i[i] < len; j++) kind[j] = IMAGE;
+    }
     if (!starts && has(c, "image_start"))
         for (int j = 0; j < len; j++) if ((int)value(c, "image_start") + j < prompt) kind[(int)value(c, "image_start") + j] = IMAGE;
 }
 
 static void replay_cache(Case *c, const char *policy) {
     int L = value(c, "layers"), n_heads = value(c, "heads"), H = value_or(c, "kv_heads", n_heads), prompt = value(c, "prompt");
-    int steps = value_or(c, "steps", c->steps) > c->steps ? value_or(c, "steps", c->steps) : c->steps, ctx = prompt + steps + 1;
+    int steps = c->steps, ctx = prompt + steps + 1;
     Record *first = find(c, true, 0, "k");
     int d = first && first->n_dims == 4 ? first->dim[3] : value_or(c, "head_dim", 2), width = (n_heads + 2 * H) * d;
-    if (L < 1 || H < 1 || n_heads % H || prompt < 1) die(NULL, "impossible sizes");
+    check_sizes(L, n_heads, H, d, ctx);
     Chain chain = chain_of(c, policy, L);
     given_start(L, n_heads, H, ctx);
     Runs *r = runs_new(&chain, L, n_heads, H, d, 1, 1, ctx, F32, chain.flags & SLOT_POS, 0, NULL, (Mat){ 0 });
@@ -423,7 +490,7 @@ static void replay_cache(Case *c, const char *policy) {
     for (int step = 0; step <= steps; step++) {
         int T = step ? 1 : prompt;
         if (step) pass_tokens(r, NULL, id, 1); else pass_prompt(r, 0, id, kind, T);
-        Record *k = find(c, true, step, "k"), *v = find(c, true, step, "v");
+        Record *k = typed(find(c, true, step, "k"), false), *v = typed(find(c, true, step, "v"), false);
         if (!k || !v || (step && (k->step != step || v->step != step))) k = v = NULL;
         if (k && (k->n_dims != 4 || k->dim[0] != L || k->dim[1] != H || k->dim[2] != T || k->dim[3] != d || k->n != v->n))
             die(NULL, "step %d: k and v must be (%d, %d, %d, %d)", step, L, H, T, d);
@@ -467,7 +534,8 @@ static void check_visible(Case *c, Runs *r, int step) {
 
 static void replay_fastv(Case *c, const char *policy) {
     int L = value(c, "layers"), n_heads = value(c, "heads"), H = value_or(c, "kv_heads", n_heads), prompt = value(c, "prompt"), d = 2;
-    int steps = value_or(c, "steps", c->steps) > c->steps ? value_or(c, "steps", c->steps) : c->steps, ctx = prompt + steps + 1, k = value(c, "k");
+    int steps = c->steps, ctx = prompt + steps + 1, k = value(c, "k");
+    check_sizes(L, n_heads, H, d, ctx);
     if (k >= L) die(NULL, "k = %d of %d layers", k, L);
     Chain chain = chain_of(c, policy, L);
     given_start(L, n_heads, H, ctx);
@@ -511,8 +579,8 @@ static void check_images(Case *c, Runs *r, int image_start, int image_len) {
 }
 
 static void check_stream(Case *c, bool block) {
-    const Record *x, *p[4], *o = find(c, true, -1, "o");
-    for (int i = 0; i < 4; i++) p[i] = find(c, true, -1, "p%d", i);
+    const Record *x, *p[4], *o = typed(find(c, true, -1, "o"), true);
+    for (int i = 0; i < 4; i++) p[i] = typed(find(c, true, -1, "p%d", i), true);
     if ((x = find(c, false, 0, "stream"))) {
         int *list, n = 0, all = 2;
         for (int i = 0; i < 4; i++) { if (!p[i]) die(NULL, "no p%d", i); all += (int)p[i]->n; }
@@ -566,7 +634,9 @@ static void replay_simignore(Case *c, const char *policy) {
     if (!image || image->n_dims != 2) die(NULL, "tensor image: missing, or not (image_len, dim)");
     int L = value_or(c, "layers", value_or(c, "k", 5) + 1), n = image->dim[0], dim = image->dim[1], start = value_or(c, "image_start", 0);
     int prompt = value_or(c, "prompt", start + n + 1), n_heads = value_or(c, "heads", 1), k = value_or(c, "k", 5), width = 3 * n_heads * 2;
-    if (start < 0 || prompt < start + n) die(NULL, "the image does not fit into the prompt");
+    if (prompt < start + n) die(NULL, "the image does not fit into the prompt");
+    if (n < 1 || dim < 1) die(NULL, "tensor image: no rows");
+    check_sizes(L, n_heads, n_heads, 2, prompt);
     Chain chain = chain_of(c, policy, L);
     given_start(L, n_heads, n_heads, prompt);
     Runs *r = runs_new(&chain, L, n_heads, n_heads, 2, dim, 1, prompt, F32, false, 0, NULL, (Mat){ 0 });
@@ -601,6 +671,8 @@ static Model *model_of(Case *c) {
     *k = (Config){ .dim = value(c, "dim"), .hidden_dim = value(c, "hidden_dim"), .n_layers = value(c, "layers"), .n_heads = heads,
                    .n_kv_heads = value_or(c, "kv_heads", heads), .head_dim = value(c, "head_dim"), .vocab_size = value(c, "vocab"),
                    .norm_eps = (float)value(c, "norm_eps"), .rope_theta = (float)value(c, "rope_theta") };
+    check_sizes(k->n_layers, k->n_heads, k->n_kv_heads, k->head_dim, (int)value(c, "prompt") + c->steps + 1);
+    if (k->head_dim % 2) die(NULL, "int head_dim %d: the rotary embedding turns pairs", k->head_dim);
     int q = k->n_heads * k->head_dim, kv = k->n_kv_heads * k->head_dim;
     m->layers = need(k->n_layers, sizeof *m->layers);
     m->head = matrix(c, 1, -1, (const char *[]){ "head" }, (int[]){ k->vocab_size }, k->dim);
@@ -622,8 +694,10 @@ static void replay_decoder(Case *c, const char *policy, int family, bool full) {
     K = &cpu;
     Model *m = model_of(c);
     const Config *k = &m->config;
-    int prompt = value(c, "prompt"), steps = value_or(c, "steps", c->steps), ctx = prompt + steps + 1;
-    Record *x = find(c, true, -1, "x"), *tokens = find(c, true, -1, "tokens"), *want;
+    int prompt = value(c, "prompt"), steps = c->steps, ctx = prompt + steps + 1, image_start = value_or(c, "image_start", 0), image_len = value_or(c, "image_len", 0);
+    Record *x = typed(find(c, true, -1, "x"), false), *tokens = typed(find(c, true, -1, "tokens"), true), *want;
+    if (prompt < image_start + image_len) die(NULL, "the image does not fit into the prompt");
+    for (size_t i = 0; tokens && i < tokens->n; i++) if (tokens->i[i] < 0 || tokens->i[i] >= k->vocab_size) die(NULL, "tokens: %d of a vocabulary of %d", tokens->i[i], k->vocab_size);
     if (!x || x->n != (size_t)prompt * k->dim) die(NULL, "tensor x: missing, or not (%d, %d)", prompt, k->dim);
     if (steps && (!tokens || tokens->n < (size_t)steps)) die(NULL, "fewer tokens than steps");
     Chain chain = full ? policy_parse("full", NAN, k->n_layers) : chain_of(c, policy, k->n_layers);
@@ -646,7 +720,7 @@ static void replay_decoder(Case *c, const char *policy, int family, bool full) {
         }
         decoder(m, r, NULL, 1);
         K->get(logits, m->s.logits, k->vocab_size * sizeof *logits);
-        if (!full && step == 0 && family == SIMIGNORE) check_images(c, r, value(c, "image_start"), value(c, "image_len"));
+        if (!full && step == 0 && family == SIMIGNORE) check_images(c, r, image_start, image_len);
         if (!full) { check_rows(c, r, step); if (family == FASTV) check_visible(c, r, step); }
         compress(r, step ? -1 : steps);
         if (!full) check_cache(c, r, step);
@@ -676,39 +750,61 @@ static bool replay_case(Case *c) {
     return !c->failed;
 }
 
-static char *read_all(const char *path) {
+static char *read_all(const char *path, size_t *size) {
     FILE *f = fopen(path, "rb");
-    if (!f || fseek(f, 0, SEEK_END)) die("give golden files", "%s: %s", path, strerror(errno));
-    long n = ftell(f);
-    rewind(f);
-    char *text = need(n + 1, 1);
-    if (fread(text, 1, n, f) != (size_t)n) die(NULL, "%s: cannot be read", path);
+    char *text = NULL;
+    size_t n = 0, room = 0, got = 1;
+    while (f && got) {
+        if (n + 1 >= room && !(text = realloc(text, room = 2 * room + (1 << 16)))) die(NULL, "%s: out of memory", path);
+        n += got = fread(text + n, 1, room - n - 1, f);
+    }
+    if (!f || ferror(f)) {
+        fprintf(stderr, "error: %s: %s\n", path, strerror(errno));
+        if (f) fclose(f);
+        free(text);
+        return NULL;
+    }
     fclose(f);
+    text[*size = n] = 0;
     return text;
 }
 
-int main(int argc, char **argv) {
-    if (argc < 2) die(NULL, "usage: tests/replay FILE…");
-    quiet = true;
-    for (int i = 1; i < argc; i++) {
-        Reader r = { argv[i], read_all(argv[i]), NULL };
-        r.at = r.text;
-        Case c;
-        while (read_case(&r, &c)) {
+static void replay_file(const char *path) {
+    static Reader r;
+    size_t size;
+    r = (Reader){ .path = path, .next_line = 1, .text = read_all(path, &size) };
+    if (!r.text) { n_failed++; return; }
+    r.at = r.text;
+    r.end = r.text + size;
+    if (setjmp(r.broken)) {
+        n_failed++;
+        printf("FAILED %s: %s (%s)\n", path, *r.c.name ? r.c.name : "between cases", "not read to its end");
+    } else {
+        if (strlen(r.text) != size) { r.line = 0; broken(&r, "holds a zero byte: not a text file"); }
+        int n = 0;
+        for (; read_case(&r); n++) {
             fflush(stdout);
             pid_t child = fork();
             if (child == 0) {
-                bool ok = replay_case(&c);
+                bool ok = replay_case(&r.c);
                 fflush(stdout);
                 _exit(!ok);
             }
             int status = 1;
             if (child < 0 || waitpid(child, &status, 0) < 0) die(NULL, "fork: %s", strerror(errno));
             if (status == 0) n_passed++; else n_failed++;
-            printf("%s %s: %s (%s)\n", status == 0 ? "PASSED" : "FAILED", argv[i], c.name, c.method);
-            case_free(&c);
+            printf("%s %s: %s (%s)\n", status == 0 ? "PASSED" : "FAILED", path, r.c.name, r.c.method);
+            case_free(&r.c);
         }
-        free(r.text);
+        if (!n) broken(&r, "holds no case");
     }
+    case_free(&r.c);
+    free(r.text);
+}
+
+int main(int argc, char **argv) {
+    if (argc < 2) die(NULL, "usage: tests/replay FILE…");
+    quiet = true;
+    for (int i = 1; i < argc; i++) replay_file(argv[i]);
     return finish();
 }

@@ -71,6 +71,12 @@ static void test_command_line(void) {
     int status;
     const char *text = said("h2o:important=0.2", NAN, 4, &status);
     check(status == 1 && strstr(text, "give both important and recent"), "important alone: %s", text);
+    text = said("snapkv:recent=0.2", NAN, 4, &status);         // the window is the recent part by default, nothing is the important one
+    check(status == 1 && strstr(text, "give both important and recent"), "recent alone: %s", text);
+    text = said("simignore:released-7b", NAN, 4, &status);
+    check(status == 1 && strstr(text, "k=5: allowed are whole numbers from 1 to 3"), "a default beyond the model: %s", text);
+    text = said("full:what=all", NAN, 4, &status);
+    check(status == 1 && strstr(text, "full takes no options"), "an option of full: %s", text);
     text = said("fastv", 0.5, 1, &status);
     check(status == 1 && strstr(text, "k=2"), "fastv on one layer: %s", text);
 
@@ -84,7 +90,8 @@ static void test_command_line(void) {
         { "full", 0.5, 0 }, { "elastic", 0, 0 }, { "elastic", NAN, 0 }, { "elastic:r=0", 0.5, 0 }, { "elastic:r=0.1", NAN, 1 }, { "elastic:r=0.1", 0, 1 },
         { "h2o:important=0.1,recent=0.1", NAN, 1 }, { "h2o:important=0.1,recent=0.1", 0, 1 }, { "simignore:tokens=5", NAN, 1 }, { "fastv:keep=3", 0, 1 },
         { "fastv:k=2", NAN, 0 }, { "fastv+snapkv:r=0.5", NAN, 1 }, { "full+snapkv", 0.5, 1 }, { "fastv:lmms", NAN, 1 }, { "fastv:lmms", 0, 0 },
-        { "simignore:released-13b:k=3", NAN, 1 }, { "simignore:released-7b:k=3", 0, 0 }, { "lookm:recent=1e-1,important=0x1p-3", NAN, 1 } };
+        { "simignore:released-13b:k=3", NAN, 1 }, { "simignore:released-7b:k=3", 0, 0 }, { "lookm:recent=1e-1,important=0x1p-3", NAN, 1 },
+        { "snapkv:important=0.2", NAN, 1 }, { "snapkv:important=0.2,recent=0", NAN, 1 }, { "simignore:released-7b", 0, 0 } };
     for (size_t i = 0; i < sizeof on / sizeof *on; i++) {
         c = policy_parse(on[i].spec, on[i].ratio, 6);
         check(c.n == on[i].on, "-p %s -r %g: %d parts are on", on[i].spec, on[i].ratio, c.n);
@@ -444,7 +451,7 @@ static int kept_of_prompt(const Trial *t, const int *token, int L, const LayerMe
     if (!strcmp(n, "h2o")) return least(L, N + M);
     if (!strcmp(n, "h2o:released")) return f <= 0 ? L : f > 1 ? 1 + most(0, L - 2 - f) : t->start < L - 1 ? L - 1 : L;
     if (!strcmp(n, "h2o:lookm") || !strcmp(n, "roco")) return any ? least(L, N + M) : L;
-    if (!strcmp(n, "snapkv")) { int W = least(t->window, L); return least(L, W + (t->important >= 0 ? N : most(0, L - f - W))); }
+    if (!strcmp(n, "snapkv")) { int W = t->recent >= 0 ? M : least(t->window, L); return least(L, W + (t->important >= 0 ? N : most(0, L - f - W))); }
     if (!strcmp(n, "snapkv:lookm")) return least(L, N + M);
     if (!strcmp(n, "elastic")) return L - least(most(f, 0), most(0, L - t->start - 1));
     if (!strcmp(n, "elastic:released")) { int m = L - t->start - 1; return f <= 0 ? L : f == 1 ? L - 1 : m <= 0 ? L : t->start + m - least(f, m - 2); }
@@ -482,7 +489,7 @@ static bool safe(const Trial *t, const int *token, int j, int L, double ratio) {
     if (!strcmp(n, "h2o:released")) return j == L - 1;
     if (!strcmp(n, "elastic:released")) return over(L, L, ratio) >= 2 && (j < t->start || j == L - 1);
     if (!strcmp(n, "elastic") || !strncmp(n, "prefixkv", 8)) return j < t->start || j == L - 1;
-    if (!strcmp(n, "snapkv")) return j >= L - t->window;
+    if (!strcmp(n, "snapkv")) return j >= L - (t->recent >= 0 ? M : t->window);
     if (!strncmp(n, "lookm", 5) && t->prior && !t->strict && !image) return true;
     return j >= L - M && (!strcmp(n, "h2o") || !strcmp(n, "snapkv:lookm") || !strncmp(n, "lookm", 5) || !strcmp(n, "h2o:lookm") || !strcmp(n, "roco"));
 }
