@@ -445,8 +445,9 @@ __global__ void __launch_bounds__(256) float_tile_kernel(Product p) {
 // scale comes after each block of 32, as it should). The activations are not, and LLaMA's reach thousands where f16 ends at
 // 65504: so a row is scaled by a power of two that puts its largest number into [2^14, 2^15), and goes as hi + lo, two
 // numbers of the weights' type. Twice the tensor work, and f16 loses 2^-22 of a number instead of 2^-11, bf16 2^-17
-// instead of 2^-8; a row's result depends on nothing but the row.
-enum { TILE_N = 128, TILE_K = 32, STAGES = 3 };
+// instead of 2^-8; a row's result depends on nothing but the row. Tensor cores cut off what a sum cannot hold instead of
+// rounding it, always towards zero: 4,096 products summed there lost up to 3e-5. So they sum 32 at a time, and the 32s are added as floats.
+enum { TILE_K = 32, STAGES = 3 };
 
 __global__ void split_kernel(uint16_t *hi, uint16_t *lo, float *row_scale, const float *x, int cols, int K, bool bf16) {
     __shared__ float part[8];
@@ -474,14 +475,19 @@ template <int W> static __device__ __forceinline__ void mma(float c[4], const ui
     if (W == BF16) mma_bf16(c, a, b); else mma_f16(c, a, b);
 }
 
-// TILE_M rows x 128 outputs a block, 8 warps as 2 x 4; the next tiles are on their way (cp.async) while one is multiplied.
-template <int W, int TILE_M> __global__ void __launch_bounds__(256) tile_kernel(Product p, const uint16_t *hi, const uint16_t *lo, const float *row_scale, int K) {
-    constexpr int MI = TILE_M / 32, X_BYTES = TILE_M * 64, W_BYTES = TILE_N * 64, STAGE = 2 * X_BYTES + W_BYTES + (W == Q8_0 ? TILE_N * 4 : 0);
+// TILE_M rows x TILE_N outputs a block, 8 warps as 2 x 4; the next tiles are on their way (cp.async) while one is multiplied.
+// 128 x 256 is the largest whose sums fit into registers: of the traffic from L2, and of what each warp reads of shared memory, a larger tile needs less.
+template <int W, int TILE_M, int TILE_N> struct Tile {
+    enum { X_BYTES = TILE_M * 64, W_BYTES = TILE_N * 64, STAGE = 2 * X_BYTES + W_BYTES + (W == Q8_0 ? TILE_N * 4 : 0) };
+};
+template <int W, int TILE_M, int TILE_N> __global__ void __launch_bounds__(256) tile_kernel(Product p, const uint16_t *hi, const uint16_t *lo, const float *row_scale, int K) {
+    constexpr int MI = TILE_M / 32, NJ = TILE_N / 32, X_BYTES = Tile<W, TILE_M, TILE_N>::X_BYTES, W_BYTES = Tile<W, TILE_M, TILE_N>::W_BYTES, STAGE = Tile<W, TILE_M, TILE_N>::STAGE;
+    static_assert(W != Q8_0 || TILE_N == 128, "a thread loads half a row of q8_0");
     DYNAMIC_SHARED(shared);          // STAGES times: x hi, x lo, w, its scales
     int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, t0 = blockIdx.x * TILE_M, o0 = blockIdx.y * TILE_N;
-    int wm = warp / 4 * (TILE_M / 2), wn = warp % 4 * 32, n_tiles = K / TILE_K;
-    float acc[MI][4][4];
-    UNROLL for (int i = 0; i < MI * 16; i++) acc[i / 16][i / 4 % 4][i % 4] = 0.0f;
+    int wm = warp / 4 * (TILE_M / 2), wn = warp % 4 * (TILE_N / 4), n_tiles = K / TILE_K;
+    float acc[MI][NJ][4];
+    UNROLL for (int i = 0; i < MI * NJ * 4; i++) acc[i / 4 / NJ][i / 4 % NJ][i % 4] = 0.0f;
 
     uint4 raw = make_uint4(0, 0, 0, 0);          // Q8_0: 16 weights and perhaps a scale between global and shared memory
     float raw_scale = 0.0f;
@@ -526,23 +532,24 @@ template <int W, int TILE_M> __global__ void __launch_bounds__(256) tile_kernel(
         if (more) load(tile + STAGES - 1);
         cp_async_commit();
         const char *s = shared + tile % STAGES * STAGE;
-        uint32_t b[2][2][4];                     // [k half][pair of n8 tiles]
+        const float *scale = (const float *)(s + 2 * X_BYTES + W_BYTES);
+        uint32_t b[2][NJ / 2][4];                // [k half][pair of n8 tiles]
         UNROLL for (int kk = 0; kk < 2; kk++)
-            UNROLL for (int j = 0; j < 2; j++) ldmatrix(b[kk][j], s + 2 * X_BYTES + chunk_at(wn + 16 * j + lane / 16 * 8 + lane % 8, kk * 2 + lane / 8 % 2));
+            UNROLL for (int j = 0; j < NJ / 2; j++) ldmatrix(b[kk][j], s + 2 * X_BYTES + chunk_at(wn + 16 * j + lane / 16 * 8 + lane % 8, kk * 2 + lane / 8 % 2));
         UNROLL for (int i = 0; i < MI; i++) {
-            float part[4][4];                    // Q8_0: a block of 32, before its scale
-            UNROLL for (int j = 0; j < 16; j++) part[j / 4][j % 4] = 0.0f;
+            float part[NJ][4];                   // the sums of these 32 products
+            UNROLL for (int j = 0; j < NJ * 4; j++) part[j / 4][j % 4] = 0.0f;
             UNROLL for (int kk = 0; kk < 2; kk++) {
                 uint32_t a_hi[4], a_lo[4];
                 int at = chunk_at(wm + 16 * i + lane % 16, kk * 2 + lane / 16);
                 ldmatrix(a_hi, s + at);
                 ldmatrix(a_lo, s + X_BYTES + at);
-                UNROLL for (int j = 0; j < 4; j++) mma<W>(W == Q8_0 ? part[j] : acc[i][j], a_lo, b[kk][j / 2] + j % 2 * 2);
-                UNROLL for (int j = 0; j < 4; j++) mma<W>(W == Q8_0 ? part[j] : acc[i][j], a_hi, b[kk][j / 2] + j % 2 * 2);
+                UNROLL for (int j = 0; j < NJ; j++) mma<W>(part[j], a_lo, b[kk][j / 2] + j % 2 * 2);
+                UNROLL for (int j = 0; j < NJ; j++) mma<W>(part[j], a_hi, b[kk][j / 2] + j % 2 * 2);
             }
-            if (W == Q8_0) {
-                const float *scale = (const float *)(s + 2 * X_BYTES + W_BYTES);
-                UNROLL for (int j = 0; j < 16; j++) acc[i][j / 4][j % 4] = fmaf(scale[wn + j / 4 * 8 + lane % 4 * 2 + j % 2], part[j / 4][j % 4], acc[i][j / 4][j % 4]);
+            UNROLL for (int j = 0; j < NJ * 4; j++) {
+                float *sum = &acc[i][j / 4][j % 4];
+                *sum = W == Q8_0 ? fmaf(scale[wn + j / 4 * 8 + lane % 4 * 2 + j % 2], part[j / 4][j % 4], *sum) : *sum + part[j / 4][j % 4];
             }
         }
         if (W == Q8_0 && more) store_q8(tile + STAGES - 1);
@@ -553,7 +560,7 @@ template <int W, int TILE_M> __global__ void __launch_bounds__(256) tile_kernel(
             int t = t0 + wm + 16 * i + 8 * h + lane / 4;
             if (t >= p.T) continue;
             float scale = row_scale[t];
-            UNROLL for (int j = 0; j < 8; j++) {
+            UNROLL for (int j = 0; j < NJ * 2; j++) {
                 int o = o0 + wn + j / 2 * 8 + lane % 4 * 2 + j % 2;
                 if (o < p.rows) finish(p, t, o, scale * acc[i][j / 2][2 * h + j % 2]);
             }
@@ -565,10 +572,10 @@ template <int W, int TILE_M> __global__ void __launch_bounds__(256) tile_kernel(
         if (!done_) CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(bytes))); \
         done_ = true; } while (0)
 
-template <int W, int TILE_M> static void tiles(const Product &p, const uint16_t *hi, const uint16_t *lo, const float *row_scale, int K) {
-    size_t bytes = STAGES * (2 * TILE_M * 64 + TILE_N * 64 + (W == Q8_0 ? TILE_N * 4 : 0));
-    ALLOW_SHARED((tile_kernel<W, TILE_M>), bytes);
-    LAUNCH((tile_kernel<W, TILE_M>), dim3(ceil_div(p.T, TILE_M), ceil_div(p.rows, TILE_N)), 256, bytes, p, hi, lo, row_scale, K);
+template <int W, int TILE_M, int TILE_N> static void tiles(const Product &p, const uint16_t *hi, const uint16_t *lo, const float *row_scale, int K) {
+    int bytes = STAGES * Tile<W, TILE_M, TILE_N>::STAGE;
+    ALLOW_SHARED((tile_kernel<W, TILE_M, TILE_N>), bytes);
+    LAUNCH((tile_kernel<W, TILE_M, TILE_N>), dim3(ceil_div(p.T, TILE_M), ceil_div(p.rows, TILE_N)), 256, bytes, p, hi, lo, row_scale, K);
 }
 
 static void matmul(float *y, const float *x, Mat w, const float *bias, Act act, bool add, int T) {
@@ -580,9 +587,9 @@ static void matmul(float *y, const float *x, Mat w, const float *bias, Act act, 
     uint16_t *hi = (uint16_t *)scratch(S_SPLIT, (size_t)T * K * 4), *lo = hi + (size_t)T * K;
     float *row_scale = (float *)scratch(S_ROW_SCALE, T * sizeof(float));
     LAUNCH(split_kernel, T, 256, 0, hi, lo, row_scale, x, w.cols, K, w.type == BF16);
-    if (w.type == F16)  { if (T <= 64) tiles<F16, 64>(p, hi, lo, row_scale, K);  else tiles<F16, 128>(p, hi, lo, row_scale, K); }
-    if (w.type == BF16) { if (T <= 64) tiles<BF16, 64>(p, hi, lo, row_scale, K); else tiles<BF16, 128>(p, hi, lo, row_scale, K); }
-    if (w.type == Q8_0) { if (T <= 64) tiles<Q8_0, 64>(p, hi, lo, row_scale, K); else tiles<Q8_0, 128>(p, hi, lo, row_scale, K); }
+    if (w.type == F16)  { if (T <= 64) tiles<F16, 64, 128>(p, hi, lo, row_scale, K);  else tiles<F16, 128, 256>(p, hi, lo, row_scale, K); }
+    if (w.type == BF16) { if (T <= 64) tiles<BF16, 64, 128>(p, hi, lo, row_scale, K); else tiles<BF16, 128, 256>(p, hi, lo, row_scale, K); }
+    if (w.type == Q8_0) { if (T <= 64) tiles<Q8_0, 64, 128>(p, hi, lo, row_scale, K); else tiles<Q8_0, 128, 128>(p, hi, lo, row_scale, K); }
 }
 
 // ----------------------------------------------------------------------------
