@@ -186,7 +186,8 @@ static inline void paint_kept(Show *s, const Runs *r, const Run *q) {
     swatch(&sheet, &x, kind_color[TEXT], "question");
     swatch(&sheet, &x, kind_color[TEMPLATE], "template");
     legend(&sheet, &x, "-- picture");
-    canvas_save(&sheet.c, s->kept_path, s->kept);
+    snprintf(title, sizeof title, "-m %s", s->kept_path);
+    canvas_save(&sheet.c, title, s->kept);
     s->kept = NULL;
     free(sheet.c.rgb); free(f.kept); free(f.merged); free(f.target);
 }
@@ -263,7 +264,8 @@ static inline void paint_attention(Show *s, const Runs *r) {
     bool there[4] = { false };
     for (int t = 0; t < s->n; t++) there[kind[t]] = true;
     for (int k = 0; k < 4; k++) if (there[k]) swatch(&sheet, &x, kind_color[k], kind_label[k]);
-    canvas_save(&sheet.c, s->attention_path, s->attention);
+    snprintf(title, sizeof title, "--attention %s", s->attention_path);
+    canvas_save(&sheet.c, title, s->attention);
     s->attention = NULL;
     free(sheet.c.rgb);
 }

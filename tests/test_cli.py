@@ -201,8 +201,8 @@ def figures(r):
 
 def test_options():
     r = works("-h", "-h", model=False)
-    for word in "-i -f --template --system -c -n -t --top-k --top-p --repeat-penalty -s -B -p -r -k --pos -b -j --device --kv --ctx --image-mode --tokens --info -q -v --force --force-ids --logits".split():
-        check(re.search(rb"^ +(-\w, )?" + word.encode() + rb"\b", r.stdout, re.M), f"-h lists {word}")
+    for word in "-i -f --template --system -c -n -t --top-k --top-p --repeat-penalty -s -B -p -r -k --pos -b -j --device --kv --ctx --image-mode -m --compare --attention --attention-layer --trace --tokens --info -q -v --force --force-ids --logits".split():
+        check(re.search(rb"^ +(-\w, )?" + word.encode() + rb"(?![\w-])", r.stdout, re.M), f"-h lists {word}")
     check(r.stdout.startswith(b"usage") and r.stderr == b"", "-h goes to standard output alone")
     check(works("--help", "--help").stdout == r.stdout, "--help is -h, with files too")
     r = works("-p help", "-p", "help", model=False)
@@ -541,36 +541,98 @@ def test_chat():
 # ----------------------------------------------------------------------------
 # forgetting: -r 0 is full, to the bit; -r forgets
 
-POLICIES = ["full", "random", "stride", "random:rows", "streaming", "h2o", "snapkv", "elastic", "prefixkv", "lookm", "fastv:k=2", "simignore", "fastv:k=2+h2o"]
+SUMS = ["fastv:k=2+h2o", "fastv:k=2,r=0.5+h2o:r=0.4", "stride:rows+snapkv", "lookm:merge=average,prior=off", "lookm:budget=strict", "snapkv:window=8,pool=3", "fastv:score=all"]
 
 
 def test_policies():
     prompt = [PICTURE, "-i", "What is this?", "--force", path("answer", "There are 3 shapes.")]
     _, rows = logits_of(*prompt)
     bits = [row.tobytes() for row in rows]
-    for p in POLICIES:
+    table = run("-p", "help", model=False).stdout.decode().split("\n\n")[1]
+    names = [line.split()[0] for line in table.splitlines()[1:]]
+    check(len(names) > 20 and "simignore:released-7b" in names, "-p help lists every form", table)
+    for p in [n for n in names if not n.startswith("simignore:released")] + SUMS:    # those read another prompt: below
         if run("-p", p, "-i", "x", "--tokens").returncode:
             check(False, f"-p {p}", run("-p", p, "-i", "x", "--tokens").stderr.decode()[:200])
             continue
-        for amount in (["-r", "0"], ["-k", "1"]):
+        own = ",r=" in p                                    # a fraction of its own: -r 0 does not switch it off
+        for amount in () if own else (["-r", "0"], ["-k", "1"]):
             r, got = logits_of(*prompt, "-p", p, *amount)
             check([row.tobytes() for row in got] == bits, f"-p {p} {' '.join(amount)}: bit-equal to full", f"{r.stderr[:200]!r}")
         if p == "full":
             continue
         r, got = logits_of(*prompt, "-p", p, "-r", "0.5", "-s", "1")
         f = figures(r)
-        check(r.returncode == 0 and f["slots_kept"] < f["slots_seen"], f"-p {p} -r 0.5 forgets", f"{r.stderr[:200]!r}")
-        check(got and got[0].tobytes() == bits[0] or p.split(":")[0] in ("fastv", "simignore", "random") or "+" in p, f"-p {p}: the first token does not depend on it")
+        check(r.returncode == 0 and (f["slots_kept"] < f["slots_seen"]) == (p != "fastv:mask"), f"-p {p} -r 0.5 forgets", f"{r.stderr[:200]!r}")
+        check(got and got[0].tobytes() == bits[0] or p.split(":")[0] in ("fastv", "simignore") or ":rows" in p, f"-p {p}: the first token does not depend on it")
         check([row.tobytes() for row in logits_of(*prompt, "-p", p, "-k", "0.5", "-s", "1")[1]] == [row.tobytes() for row in got], f"-p {p}: -k 0.5 is -r 0.5")
         sampled = [PICTURE, "-i", "What?", "-n", "12", "-t", "1", "-p", p, "-r", "0.5"]
-        if not p.startswith("random"):                      # whose slots depend on the seed
+        if not p.startswith("random"):                      # one draw for the prompt, by -s
             single = b"".join(run(*sampled, "-s", 4 + i).stdout for i in range(2))
             check(run(*sampled, "-s", "4", "-B", "2").stdout == single, f"-p {p}: -B 2 as two single runs")
+        if p == "fastv:recompute":
+            fails(f"-p {p}: a chat", *sampled[:3], "-c", "-p", p, "-r", "0.5", says=p)
+            continue
         r = run(*sampled[:3], "-n", "5", "-c", "-p", p, "-r", "0.5", stdin=b"And now?\n")
         check(r.returncode == 0 and LINE.search(r.stderr), f"-p {p}: a chat", f"{r.stderr[:200]!r}")
+    science = [PICTURE, "-n", "3", "-i", "<image>\nContext: a scene\nOptions: (A) a circle (B) a square\nAnswer with the option's letter from the given choices directly."]
+    for p in "simignore:released-7b", "simignore:released-13b":
+        check(logits_of(*science, "-p", p, "-r", "0")[1] == logits_of(*science)[1], f"-p {p} -r 0 is full, whatever its k")
+        r = run(*science, "-p", p + ":k=1", "-r", "0.5")
+        check(r.returncode == 0 and figures(r)["slots_kept"] < figures(r)["slots_seen"], f"-p {p}", f"{r.stderr[:200]!r}")
+    few, many = (run(PICTURE, "-n", "2", "-p", f"simignore:tokens={n}") for n in (3, IMAGE_ROWS + 1))
+    check(b"note" not in few.stderr and figures(few)["slots_kept"] == figures(few)["slots_seen"] - IMAGE_ROWS + 3, "simignore:tokens=3", f"{few.stderr!r}")
+    check(b"note: simignore: tokens" in many.stderr and figures(many)["slots_kept"] == figures(many)["slots_seen"], "more tokens than rows: a note", f"{many.stderr!r}")
+    check(run(PICTURE, "-n", "2", "-q", "-p", f"simignore:tokens={IMAGE_ROWS + 1}").stderr == b"", "-q: no note")
+    fails("fastv:keep beyond the image", PICTURE, "-p", f"fastv:keep={IMAGE_ROWS + 1}", says=["-p fastv:keep", str(IMAGE_ROWS)])
+    r = run(PICTURE, "-p", "h2o", "-r", "1")                # it says so after the first token, which never depends on the plan
+    check(r.returncode == 1 and b"error: -p h2o: nothing at all would stay" in r.stderr and b"hint: " in r.stderr, "nothing stays", f"{r.stderr!r}")
+    for p in "h2o", "lookm:merge=none,prior=off", "snapkv", "snapkv:lookm":      # amounts stand in place of -r, and are fractions of the prompt
+        f = figures(run(PICTURE, "-n", "1", "-p", f"{p}{',' if '=' in p else ':'}important=0.29,recent=0.11"))
+        check(f["slots_kept"] == int(f["prompt_tokens"] * 0.29) + int(f["prompt_tokens"] * 0.11), f"-p {p}: important, recent", f"{f}")
     kept = [figures(run(*prompt, "-p", "random:what=all", "-r", r, "-s", "1"))["slots_kept"] for r in ("0.7", "0.3")]
     same = [figures(run(*prompt, "-p", "random:what=all", "-k", k, "-s", "1"))["slots_kept"] for k in ("0.3", "0.7")]
     check(kept == same and kept[0] < kept[1], "-k K is -r 1-K", f"{kept} {same}")
+
+
+# ----------------------------------------------------------------------------
+# tests/replay, where it lies beside the program: files that break the format end with an error, and the others are read all the same
+
+GOLD = """case good
+method streaming:released
+int layers 1 int heads 1 int prompt 4 int steps 1 int start_size 1 num ratio 0.5
+step 0
+expect_ints kept_L0 2 0 3 expect_ints next_pos 1 2
+step 1
+expect_ints kept_L0 3 0 3 4
+end
+"""
+
+
+def test_replay():
+    replay = os.path.join(os.path.dirname(PROGRAM), "replay")
+    if not os.path.exists(replay):
+        return
+
+    def ends(name, text, status, last, says=""):
+        r = subprocess.run([replay, path("x.gold", text), path("good.gold", GOLD)], capture_output=True, env=LEAKS_ALLOWED, timeout=60)
+        check(r.returncode == status and r.stdout.decode().endswith(last + "\n") and says in (r.stderr + r.stdout).decode() and b"Sanitizer" not in r.stderr and b"runtime error" not in r.stderr,
+              f"replay: {name}", f"{r.returncode} {r.stdout!r} {r.stderr!r}")
+
+    ends("a good file", GOLD, 0, "2 passed, 0 failed")
+    ends("a comment and another layout", "# x\n" + GOLD.replace("\n", " \t\n\n").replace("end", "end# the end"), 0, "2 passed, 0 failed")
+    for name, a, b, says in (("another slot is expected", "2 0 3", "2 0 2", "[1] is 3, expected 2"), ("an unknown method", "streaming:", "streamink:", "unknown method"), ("an unknown expectation", "kept_L0 2", "kept_M0 2", "kept_M0"),
+                             ("a list that is too short", "2 0 3 expect", "3 0 3 expect", "not a number"), ("a list that is too long", "2 0 3 expect", "1 0 3 expect", "unknown record"),
+                             ("a word for a number", "ratio 0.5", "ratio half", "`half` is not a number"), ("NaN", "ratio 0.5", "ratio nan", "`nan` is not a number"), ("a ratio of 1.5", "ratio 0.5", "ratio 1.5", "allowed"),
+                             ("no layers", "layers 1", "layers 0", "allowed"), ("more layers than anything has", "layers 1", "layers 99999999", "allowed"), ("half a head", "heads 1", "heads 0.5", "integer"),
+                             ("a size that the file cannot hold", "kept_L0 2", "kept_L0 1000000000", "file ends before"), ("steps that fall", "step 1\n", "step 0\n", "allowed"), ("steps that are not there", "steps 1", "steps 7", "the last step is 1"),
+                             ("a record twice", "step 1\n", "step 1\nexpect_ints kept_L0 1 0\n", "twice"), ("an unknown record", "step 1\n", "step 1\nexpected 3\n", "unknown record `expected`")):
+        ends(name, GOLD.replace(a, b), 1, "1 passed, 1 failed", says)
+    for n in range(0, len(GOLD) - 1, 7):
+        ends(f"cut after {n} bytes", GOLD[:n], 1, "1 passed, 1 failed", "error: ")
+    ends("a zero byte", GOLD + "\0", 1, "1 passed, 1 failed", "zero byte")
+    r = subprocess.run([replay, path("nowhere.gold"), path("good.gold", GOLD)], capture_output=True, env=ENV, timeout=60)
+    check(r.returncode == 1 and b"nowhere.gold: No such file" in r.stderr and r.stdout.endswith(b"1 passed, 1 failed\n"), "replay: no such file", f"{r.stdout!r} {r.stderr!r}")
 
 
 # ----------------------------------------------------------------------------
@@ -830,7 +892,7 @@ def one(test):
 
 try:
     with ThreadPoolExecutor(2) as pool:                     # the slow ones first
-        list(pool.map(one, (test_policies, test_chat, test_model_files, test_answers, test_options, test_prompts, test_pictures, test_interrupts)))
+        list(pool.map(one, (test_policies, test_chat, test_model_files, test_answers, test_options, test_prompts, test_pictures, test_replay, test_interrupts)))
 finally:
     shutil.rmtree(DIR)
 print(f"{passed} passed, {failed} failed")

@@ -37,6 +37,10 @@ policies = open("policies.c", encoding="utf-8").read()
 table = policies.index("// ----------------------------------------------------------------------------\n// the table:")
 policies = policies[:table] + function + "\n" + policies[table:]
 policies = policies.replace("    { 0 }\n};", row.rstrip() + "\n    { 0 }\n};", 1)
+for names, lines in re.findall(r"^\|.*?\|.*?\| ((?:`\w+`(?:, )?)+) \| (\d+) \|", readme, re.M):     # the table of methods
+    bodies = [re.search(rf"^static [^\n;]*\b{n}\([^\n]*\{{\n.*?^\}}$", policies, re.S | re.M) for n in re.findall(r"\w+", names)]
+    check(all(bodies) and sum(b.group().count("\n") + 1 for b in bodies) == int(lines),
+          f"{names}: {lines} lines, and policies.c has {[b and b.group().count(chr(10)) + 1 for b in bodies]}")
 cuda = os.path.join(build, "kernels_cuda.o")
 with tempfile.TemporaryDirectory() as tmp:
     source, program = f"{tmp}/policies.c", f"{tmp}/llava"
