@@ -327,6 +327,8 @@ static inline int cli(const Arch *arch, int argc, char **argv) {
     Model *m = arch->open(&file);
     const Info *info = arch->info(m);
     Chain chain = policy_parse(o.policy, ratio, info->n_layers);
+    if (K != &cpu && chain.flags & (DECODE_ADMIT | RECOMPUTE) && !quiet)
+        fprintf(stderr, "note: -p %s has the host look on at every token: its steps are no CUDA graph\n", chain.name);
     if (chain.flags & RECOMPUTE && o.chat) die("take fastv", "-c: fastv:recompute keeps no cache for a chat");
 
     if (o.attention_layer >= info->n_layers) die(NULL, "--attention-layer %d: the model has layers 0 to %d", o.attention_layer, info->n_layers - 1);
