@@ -15,6 +15,7 @@
 // - memory that was never written: allocations and shared memory begin as NaN.
 // - a host that reads or writes device memory, a kernel that is given the host's, a copy in the wrong direction, and memory that
 //   was freed: between launches and copies the device's pages are taken away, and arguments are looked at, a replayed graph's too.
+// CUDA_ON_CPU_REPORT=1 in the environment has the program end with how much was launched.
 // Not here: anything about speed; clusters, textures, several streams. Floating point is the CPU's: exp and friends differ in
 // the last bits from a GPU's, and the sums inside an mma are taken in ascending order.
 
@@ -84,7 +85,10 @@ static void (*body)(void *);              // one thread of the kernel that runs 
 static void *body_arg;
 static int n_threads, n_done, current, ready[MAX_THREADS], n_ready;
 static bool run_ahead;                    // which of the two orders
-static int n_launches;
+static int n_launches, n_graph_launches;
+static struct Report {
+    ~Report() { if (getenv("CUDA_ON_CPU_REPORT")) fprintf(stderr, "cuda_on_cpu: %d kernels, %d graphs were launched\n", n_launches, n_graph_launches); }
+} report;
 
 [[noreturn]] static void fail(const char *what) {
     fflush(stdout);
@@ -581,6 +585,6 @@ static inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *g) { *
 static inline cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *e, cudaGraph_t g, unsigned long long) { *e = new EmuGraph(*g); return 0; }
 static inline cudaError_t cudaGraphDestroy(cudaGraph_t g) { delete g; return 0; }
 static inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t g) { delete g; return 0; }
-static inline cudaError_t cudaGraphLaunch(cudaGraphExec_t g, cudaStream_t) { for (auto &f : *g) f(); return 0; }
+static inline cudaError_t cudaGraphLaunch(cudaGraphExec_t g, cudaStream_t) { emu::n_graph_launches++; for (auto &f : *g) f(); return 0; }
 
 #endif
