@@ -14,10 +14,14 @@
 // - a cp.async that was not waited for: it happens either at once or when it is waited for, again at random;
 // - memory that was never written: allocations and shared memory begin as NaN.
 // - a host that reads or writes device memory, a kernel that is given the host's, a copy in the wrong direction, and memory that
-//   was freed: between launches and copies the device's pages are taken away, and arguments are looked at, a replayed graph's too.
+//   was freed: between launches and copies the device's pages are taken away, and arguments are looked at, a replayed graph's too;
+// - results read before the stream was waited for, and pinned memory written again too early: what is submitted happens either at
+//   once or when somebody waits, at random;
+// - a grid, a block or an argument list that is too large; more than 48 KiB of shared memory that were not asked for;
+// - while a graph is recorded: a copy from or to the host, waiting, freeing.
 // CUDA_ON_CPU_REPORT=1 in the environment has the program end with how much was launched.
-// Not here: anything about speed; clusters, textures, several streams. Floating point is the CPU's: exp and friends differ in
-// the last bits from a GPU's, and the sums inside an mma are taken in ascending order.
+// Not here: anything about speed; clusters, textures, several streams; two blocks at the same time. Floating point is the CPU's:
+// exp and friends differ in the last bits from a GPU's. An mma adds up as an A100's tensor cores do: see emu_mma.
 
 #ifndef CUDA_ON_CPU_H
 #define CUDA_ON_CPU_H
@@ -239,7 +243,6 @@ template <class F> static void run_grid(const char *name, dim3 grid, dim3 block,
     n_threads = block.x * block.y * block.z;
     if (n_threads < 1 || n_threads > MAX_THREADS || n_threads % 32) fail("a block of this size is not for us (whole warps, at most 1024 threads)");
     if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535) fail("a grid of this size is not possible");
-    if (shared > 227 * 1024) fail("more shared memory than a block can have");
     for (int i = 0; i < n_threads; i++) make_fibre(i);
     static void *memory; static size_t memory_bytes;            // dynamic shared memory, exactly as large as asked
     if (shared != memory_bytes) { unguard(memory); memory = shared ? guarded(shared) : nullptr; memory_bytes = shared; }
@@ -407,9 +410,27 @@ template <bool TRANS> static void emu_ldmatrix(uint32_t r[4], const void *row) {
 static inline void ldmatrix(uint32_t r[4], const void *row) { emu_ldmatrix<false>(r, row); }
 static inline void ldmatrix_trans(uint32_t r[4], const void *row) { emu_ldmatrix<true>(r, row); }
 
-// c (16, 8) += a (16, 16) b (8, 16)^T, spread over a warp's registers as the PTX manual has it
+// c (16, 8) += a (16, 16) b (8, 16)^T, spread over a warp's registers as the PTX manual has it. 8 products and c are brought to
+// the largest exponent among them, keep one bit more than a float has, are added, and the sum is cut off towards zero; then the
+// next 8: an A100 (Fasi et al. 2021, doi 10.7717/peerj-cs.330). An H100 takes all 16 at once and keeps two bits more, which loses less.
 struct EmuMma { uint32_t a[4], b[2]; float c[4]; };
 struct EmuAcc { float c[4]; };
+static inline double emu_power(int biased) { uint64_t u = (uint64_t)biased << 52; double d; memcpy(&d, &u, 8); return d; }
+static inline float emu_sum(const float *a, const float *b, float c) {           // c + a[0] b[0] + … + a[7] b[7 * 8]
+    double x[9], most = fabs(c), sum = 0;
+    x[8] = c;
+    for (int k = 0; k < 8; k++) { x[k] = (double)a[k] * b[8 * k]; most = fabs(x[k]) > most ? fabs(x[k]) : most; sum += x[k]; }
+    if (most == 0 || !(most + fabs(sum) < INFINITY)) return (float)(sum + c);
+    uint64_t u;
+    memcpy(&u, &most, 8);
+    int last = (int)(u >> 52) - 24;                          // the exponent of the last bit that is kept
+    double unit = emu_power(last), per_unit = emu_power(2046 - last);
+    sum = 0;
+    for (int k = 0; k < 9; k++) sum += (double)(int)(x[k] * per_unit);
+    sum *= unit;
+    float f = (float)sum;
+    return fabs((double)f) > fabs(sum) ? nextafterf(f, 0) : f;
+}
 template <class Convert> static void emu_mma(float c[4], const uint32_t a[4], const uint32_t b[2], const char *op, Convert value) {
     EmuMma in = { { a[0], a[1], a[2], a[3] }, { b[0], b[1] }, { c[0], c[1], c[2], c[3] } };
     EmuAcc got = emu::together<EmuMma, EmuAcc>(op, in, [=](const EmuMma *in, EmuAcc *out) {
@@ -421,13 +442,11 @@ template <class Convert> static void emu_mma(float c[4], const uint32_t a[4], co
             for (int r = 0; r < 2; r++)
                 for (int h = 0; h < 2; h++) B[t * 2 + h + r * 8][g] = value((uint16_t)(in[lane].b[r] >> 16 * h));
         }
-        for (int m = 0; m < 16; m++) {
-            float s[8];
-            for (int n = 0; n < 8; n++) s[n] = in[m % 8 * 4 + n / 2].c[m / 8 * 2 + n % 2];
-            for (int k = 0; k < 16; k++)
-                for (int n = 0; n < 8; n++) s[n] += A[m][k] * B[k][n];
-            for (int n = 0; n < 8; n++) out[m % 8 * 4 + n / 2].c[m / 8 * 2 + n % 2] = s[n];
-        }
+        for (int m = 0; m < 16; m++)
+            for (int n = 0; n < 8; n++) {
+                float first = emu_sum(&A[m][0], &B[0][n], in[m % 8 * 4 + n / 2].c[m / 8 * 2 + n % 2]);
+                out[m % 8 * 4 + n / 2].c[m / 8 * 2 + n % 2] = emu_sum(&A[m][8], &B[8][n], first);
+            }
     });
     memcpy(c, got.c, 16);
 }
@@ -438,7 +457,7 @@ static inline void mma_bf16(float c[4], const uint32_t a[4], const uint32_t b[2]
 // the runtime: one device, one stream; a recorded graph is a list of what to run
 
 typedef int cudaError_t;
-enum { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorInvalidValue = 1, cudaErrorStreamCaptureUnsupported = 900 };
+enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorNoKernelImageForDevice = 209, cudaErrorStreamCaptureUnsupported = 900 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum { cudaStreamNonBlocking = 1, cudaStreamCaptureModeThreadLocal = 1, cudaStreamCaptureModeRelaxed = 2, cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 typedef struct EmuStream *cudaStream_t;
@@ -449,8 +468,25 @@ struct cudaDeviceProp { char name[256]; int major, minor, multiProcessorCount; s
 namespace emu {
 static size_t free_bytes = (size_t)1 << 40, used_bytes;          // a test may lower the first
 static int n_devices = 1, capability = 80;
+static bool no_code;                                             // as if the program had been built for another device
 static EmuGraph *recording;
-template <class F> static void submit(F f) { if (recording) recording->push_back(f); else f(); }
+static EmuGraph &under_way = *new EmuGraph;                      // submitted and not done yet
+static auto &allowed = *new std::map<const void *, size_t>;      // kernel: dynamic shared memory that was asked for
+static auto &pinned = *new std::map<const char *, size_t>;       // host memory that the device reads by itself
+static void finish_all() {
+    EmuGraph now;
+    now.swap(under_way);
+    for (auto &f : now) f();
+}
+template <class F> static void submit(F f) {
+    if (recording) { recording->push_back(f); return; }
+    under_way.push_back(f);
+    if (random() % 2) finish_all();
+}
+static bool is_pinned(const void *p) {
+    auto it = pinned.upper_bound((const char *)p);
+    return it != pinned.begin() && (--it, (const char *)p < it->first + it->second);
+}
 
 // The host may not look at device memory, nor a kernel at the host's: outside of launches and copies the pages of every allocation are
 // taken away (under AddressSanitizer: poisoned), and what a launch or a copy is given must lie where it should.
@@ -503,6 +539,11 @@ template <class A> static void check_argument(int i, const A &a) {
 }
 
 template <class... P, class... A> static void launch(const char *name, dim3 grid, dim3 block, size_t shared, void (*kernel)(P...), A... args) {
+    static_assert((sizeof(P) + ... + 0) <= 4096, "more arguments than a launch can take");
+    auto asked = allowed.find((const void *)kernel);
+    kernel_name = name;
+    if (shared > 48 * 1024 && (asked == allowed.end() || shared > asked->second)) fail("more shared memory than cudaFuncSetAttribute has asked for");
+    kernel_name = "none";
     submit([=] {                                                 // arguments are copied now, as a launch does
         int i = 0;
         kernel_name = last_kernel = name;
@@ -544,7 +585,8 @@ template <class T> static cudaError_t cudaMalloc(T **p, size_t n) {
     emu::give((char *)*p, emu::device[(char *)*p], false);
     return cudaSuccess;
 }
-static inline cudaError_t cudaFree(void *p) {
+static inline cudaError_t cudaFree(void *p) {                    // waits for the device first
+    if (!emu::recording) emu::finish_all();
     if (!p) return 0;
     if (!emu::device.count((char *)p)) emu::fail("cudaFree of a pointer that cudaMalloc did not give");
     if (emu::recording) emu::fail("cudaFree while a graph is recorded");
@@ -554,12 +596,23 @@ static inline cudaError_t cudaFree(void *p) {
     emu::unguard(p);
     return 0;
 }
+enum { cudaHostAllocDefault = 0 };
+static inline cudaError_t cudaHostAlloc(void **p, size_t n, unsigned) {
+    *p = malloc(n);
+    if (*p) emu::pinned[(const char *)*p] = n;
+    return *p ? cudaSuccess : cudaErrorMemoryAllocation;
+}
 static inline cudaError_t cudaMemcpyAsync(void *d, const void *s, size_t n, cudaMemcpyKind kind, cudaStream_t) {
+    if (emu::on_device(d, n) != (kind != cudaMemcpyDeviceToHost)) emu::fail("cudaMemcpyAsync to memory of the other kind");
+    if (emu::on_device(s, n) != (kind != cudaMemcpyHostToDevice)) emu::fail("cudaMemcpyAsync from memory of the other kind");
+    if (emu::recording && kind != cudaMemcpyDeviceToDevice) emu::fail("a graph would copy from or to the host's memory, whatever is there by then");
+    std::vector<char> staged;                                    // pageable memory is read before this returns
+    bool pageable = kind == cudaMemcpyHostToDevice && !emu::is_pinned(s);
+    if (pageable) staged.assign((const char *)s, (const char *)s + n);
     emu::submit([=] {
-        if (emu::on_device(d, n) != (kind != cudaMemcpyDeviceToHost)) emu::fail("cudaMemcpyAsync to memory of the other kind");
-        if (emu::on_device(s, n) != (kind != cudaMemcpyHostToDevice)) emu::fail("cudaMemcpyAsync from memory of the other kind");
+        if (!emu::on_device(kind == cudaMemcpyDeviceToHost ? s : d, n)) emu::fail("cudaMemcpyAsync of memory that was freed");
         emu::OnDevice now;
-        memcpy(d, s, n);
+        memcpy(d, pageable ? staged.data() : s, n);
     });
     return 0;
 }
@@ -572,19 +625,29 @@ static inline cudaError_t cudaMemsetAsync(void *d, int v, size_t n, cudaStream_t
     return 0;
 }
 static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) { *s = nullptr; return 0; }
-static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return emu::recording ? cudaErrorStreamCaptureUnsupported : cudaSuccess; }
+static inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+    if (emu::recording) return cudaErrorStreamCaptureUnsupported;
+    emu::finish_all();
+    return cudaSuccess;
+}
 typedef int cudaEvent_t;
 static inline cudaError_t cudaEventCreate(cudaEvent_t *e) { *e = 0; return 0; }
 static inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return 0; }
-static inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return 0; }
+static inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaStreamSynchronize(nullptr); }
 static inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t, cudaEvent_t) { *ms = 1; return 0; }
 static inline cudaError_t cudaEventDestroy(cudaEvent_t) { return 0; }
-template <class F> static cudaError_t cudaFuncSetAttribute(F, int, int) { return 0; }
+template <class F> static cudaError_t cudaFuncSetAttribute(F kernel, int, int bytes) {
+    if (bytes > 227 * 1024) return cudaErrorInvalidValue;        // an H100's; an A100 has 163
+    emu::allowed[(const void *)kernel] = bytes;
+    return cudaSuccess;
+}
+struct cudaFuncAttributes { int numRegs; };
+template <class F> static cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, F) { return emu::no_code ? cudaErrorNoKernelImageForDevice : cudaSuccess; }
 static inline cudaError_t cudaStreamBeginCapture(cudaStream_t, int) { if (emu::recording) return 1; emu::recording = new EmuGraph; return 0; }
 static inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *g) { *g = emu::recording; emu::recording = nullptr; return *g ? 0 : 1; }
 static inline cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *e, cudaGraph_t g, unsigned long long) { *e = new EmuGraph(*g); return 0; }
 static inline cudaError_t cudaGraphDestroy(cudaGraph_t g) { delete g; return 0; }
 static inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t g) { delete g; return 0; }
-static inline cudaError_t cudaGraphLaunch(cudaGraphExec_t g, cudaStream_t) { emu::n_graph_launches++; for (auto &f : *g) f(); return 0; }
+static inline cudaError_t cudaGraphLaunch(cudaGraphExec_t g, cudaStream_t) { emu::n_graph_launches++; for (auto &f : *g) emu::submit(f); return 0; }
 
 #endif

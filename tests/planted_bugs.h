@@ -49,7 +49,7 @@ template <int BUG> __global__ void branch_kernel(int *x) {                 // 1:
 template <int BUG> __global__ void bounds_kernel(float *x, int n) {        // 1: one load past the end; 2: a store; 3: shared memory
     DYNAMIC_SHARED(shared);
     float *s = (float *)shared;
-    s[threadIdx.x + (BUG == 3)] = load4(x + threadIdx.x * 4 + (BUG == 1 ? 4 : 0)).x;
+    s[threadIdx.x + (BUG == 3)] = __uint_as_float(load16(x + threadIdx.x * 4 + (BUG == 1 ? 4 : 0)).x);
     __syncthreads();
     x[threadIdx.x * 4 + (BUG == 2 ? n - 3 : 0)] = s[threadIdx.x];
 }
@@ -160,16 +160,61 @@ template <int BUG> static bool run_freed() {                               // 1:
     return true;
 }
 
+template <int BUG> __global__ void large_kernel(int *x) {                  // 1: 64 KiB of shared memory not asked for; 2: less asked for than used; 3: a grid that is too high
+    DYNAMIC_SHARED(shared);
+    shared[threadIdx.x] = 0;
+    if (blockIdx.y == 0) x[threadIdx.x] = 1;
+}
+template <int BUG> static bool run_large() {
+    Device<int> x(32);
+    if (BUG != 1) CHECK(cudaFuncSetAttribute(large_kernel<BUG>, cudaFuncAttributeMaxDynamicSharedMemorySize, BUG == 2 ? 60 << 10 : 64 << 10));
+    LAUNCH(large_kernel<BUG>, dim3(1, BUG == 3 ? 65536 : 2), 32, 64 << 10, x.p);
+    return x.host()[0] == 1;
+}
+template <int BUG> static bool run_stream() {                              // 1: read before the stream was waited for; 2: pinned memory written again
+    Device<int> x(1);
+    int *pinned, got = 0, want = 0;
+    if (cudaHostAlloc((void **)&pinned, 4, cudaHostAllocDefault)) return true;
+    for (int i = 0; i < 30; i++) {                                         // whether a copy is done at once or later is random
+        *pinned = i;
+        CHECK(cudaMemcpyAsync(x.p, pinned, 4, cudaMemcpyHostToDevice, stream));
+        if (BUG == 2) *pinned = -1;
+        CHECK(cudaMemcpyAsync(&got, x.p, 4, cudaMemcpyDeviceToHost, stream));
+        if (BUG != 1) CHECK(cudaStreamSynchronize(stream));
+        if (got != i) want = 1;
+        CHECK(cudaStreamSynchronize(stream));
+    }
+    return !want;
+}
+template <int BUG> static bool run_capture() {                             // 1: a copy from the host, 2: waiting, 3: freeing, inside a recording
+    Device<int> x(32), y(32);
+    cudaGraph_t graph;
+    int here[32] = {};
+    void *other;
+    CHECK(cudaMalloc(&other, 4));
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed));
+    CHECK(cudaMemcpyAsync(y.p, x.p, sizeof here, cudaMemcpyDeviceToDevice, stream));
+    if (BUG == 1) CHECK(cudaMemcpyAsync(x.p, here, sizeof here, cudaMemcpyHostToDevice, stream));
+    if (BUG == 2) CHECK(cudaStreamSynchronize(stream));
+    if (BUG == 3) CHECK(cudaFree(other));
+    CHECK(cudaStreamEndCapture(stream, &graph));
+    CHECK(cudaGraphDestroy(graph));
+    CHECK(cudaFree(other));
+    return true;
+}
+
 static void test_planted_bugs() {
     #define CAUGHT(run, bug) check(!survives(run<bug>), "%s<%d>: the bug was not caught", #run, bug)
     #define FINE(run) check(survives(run<0>), "%s<0>: is right, but was stopped", #run)
     FINE(run_reverse); FINE(run_twice); FINE(run_neighbour); FINE(run_branch); FINE(run_bounds); FINE(run_aligned); FINE(run_copy); FINE(run_start);
-    FINE(run_pointers); FINE(run_host); FINE(run_freed);
+    FINE(run_pointers); FINE(run_host); FINE(run_freed); FINE(run_large); FINE(run_stream); FINE(run_capture);
     CAUGHT(run_reverse, 1); CAUGHT(run_twice, 1); CAUGHT(run_neighbour, 1); CAUGHT(run_branch, 1); CAUGHT(run_branch, 2);
     CAUGHT(run_bounds, 1); CAUGHT(run_bounds, 2); CAUGHT(run_bounds, 3);
     CAUGHT(run_aligned, 1); CAUGHT(run_aligned, 2); CAUGHT(run_aligned, 3);
     CAUGHT(run_copy, 1); CAUGHT(run_copy, 2); CAUGHT(run_start, 1);
     CAUGHT(run_pointers, 1); CAUGHT(run_pointers, 2); CAUGHT(run_freed, 1);
+    CAUGHT(run_large, 1); CAUGHT(run_large, 2); CAUGHT(run_large, 3); CAUGHT(run_stream, 1); CAUGHT(run_stream, 2);
+    CAUGHT(run_capture, 1); CAUGHT(run_capture, 2); CAUGHT(run_capture, 3);
     CAUGHT(run_host, 1); CAUGHT(run_host, 2); CAUGHT(run_host, 3); CAUGHT(run_host, 4);
 
     // the machine's errors: no device or too old a one is NULL; the others end the program, with a line that says why
