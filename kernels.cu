@@ -96,19 +96,13 @@ template <bool BF16> static __device__ __forceinline__ void split(uint16_t *hi, 
     else      { *hi = float_to_f16(v);  *lo = float_to_f16(v - f16_to_float(*hi)); }
 }
 static __device__ __forceinline__ uint32_t pair(uint16_t a, uint16_t b) { return a | (uint32_t)b << 16; }
-// Two floats as a pair of f16 and a pair of what is left.
-static __device__ __forceinline__ void split_pair(uint32_t *hi, uint32_t *lo, float a, float b) {
+// Two floats as a pair of 16-bit numbers and a pair of what is left.
+template <bool BF16> static __device__ __forceinline__ void split_pair(uint32_t *hi, uint32_t *lo, float a, float b) {
     uint16_t ah, al, bh, bl;
-    split<false>(&ah, &al, a);
-    split<false>(&bh, &bl, b);
+    split<BF16>(&ah, &al, a);
+    split<BF16>(&bh, &bl, b);
     *hi = pair(ah, bh);
     *lo = pair(al, bl);
-}
-
-static __device__ __forceinline__ float4 load4(const float *p) {          // 16 bytes at once where the address allows it
-    if ((uintptr_t)p % 16) return make_float4(p[0], p[1], p[2], p[3]);
-    uint4 u = load16(p);
-    return make_float4(__uint_as_float(u.x), __uint_as_float(u.y), __uint_as_float(u.z), __uint_as_float(u.w));
 }
 
 // 16 bytes of weights or of cache -> 16, 8 or 4 floats. Q8_0: without its scale.
@@ -182,12 +176,24 @@ static void release(void *p) {
     CHECK(cudaFree(p));
 }
 
+// Through memory that the device reads by itself: the copy is under way when put returns, h_src is not needed any more, and a
+// small one (a token's rows) waits for nothing. When the staging memory is used up, it is used again from its start.
 static bool recording;
 static void put(void *dst, const void *h_src, size_t bytes) {
+    const size_t STAGING = 16 << 20, PIECE = STAGING / 4;
+    static char *staging;
+    static size_t used;
     if (recording) die(NULL, "put: not between record and stop");
+    if (!staging) CHECK(cudaHostAlloc((void **)&staging, STAGING, cudaHostAllocDefault));
     Block *b = block_of(dst);
     if (b && b->host) memcpy(b->host + ((char *)dst - b->p), h_src, bytes);
-    CHECK(cudaMemcpyAsync(dst, h_src, bytes, cudaMemcpyHostToDevice, stream));
+    for (size_t at = 0, n; at < bytes; at += n, used += pad64(n)) {
+        if (used == STAGING) { CHECK(cudaStreamSynchronize(stream)); used = 0; }
+        n = STAGING - used < PIECE ? STAGING - used : PIECE;
+        if (n > bytes - at) n = bytes - at;
+        memcpy(staging + used, (const char *)h_src + at, n);
+        CHECK(cudaMemcpyAsync((char *)dst + at, staging + used, n, cudaMemcpyHostToDevice, stream));
+    }
 }
 
 static void get(void *h_dst, const void *src, size_t bytes) {
@@ -315,17 +321,16 @@ static void layernorm(float *y, const float *x, const float *w, const float *b, 
 }
 
 // silu_mul
-__global__ void silu_mul_kernel(float *y, const float *w13x, size_t n, int hidden_dim) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) return;
-    size_t t = i / hidden_dim, at = t * 2 * hidden_dim + i % hidden_dim;
-    float g = w13x[at];
-    y[i] = g / (1.0f + expf(-g)) * w13x[at + hidden_dim];
+__global__ void silu_mul_kernel(float *y, const float *w13x, int hidden_dim) {
+    int i = blockIdx.y * blockDim.x + threadIdx.x;
+    if (i >= hidden_dim) return;
+    const float *w = w13x + (size_t)blockIdx.x * 2 * hidden_dim;
+    float g = w[i];
+    y[(size_t)blockIdx.x * hidden_dim + i] = g / (1.0f + expf(-g)) * w[hidden_dim + i];
 }
 
 static void silu_mul(float *y, const float *w13x, int T, int hidden_dim) {
-    size_t n = (size_t)T * hidden_dim;
-    if (n) LAUNCH(silu_mul_kernel, ceil_div(n, 256), 256, 0, y, w13x, n, hidden_dim);
+    if (T > 0) LAUNCH(silu_mul_kernel, dim3(T, ceil_div(hidden_dim, 256)), 256, 0, y, w13x, hidden_dim);
 }
 
 // ----------------------------------------------------------------------------
@@ -361,6 +366,15 @@ static __device__ __forceinline__ float q8_scale(const Product &p, int o, int bl
     return f16_to_float(*((const uint16_t *)((const char *)p.scale + o * p.scale_stride) + block));
 }
 
+// Where column c of x stands when a warp shall read it without bank conflicts: a lane multiplies N neighbouring columns, 4 at a
+// time, and the first 4 of all 32 lanes come first, then the second. Worth a copy of x from 5 rows on: each weight meets all rows,
+// so reading x takes most of the time.
+template <int W, int ROWS> struct Order {
+    enum { N = Per16<W>::n, GROUP = 32 * N, SPREAD = ROWS > 4 && N > 4 };
+    static __device__ __forceinline__ int column(int at) { return SPREAD ? at / GROUP * GROUP + at % 128 / 4 * N + at % GROUP / 128 * 4 + at % 4 : at; }
+    static __device__ __forceinline__ int at(int k, int lane, int i) { return SPREAD ? k - lane * N + i * 32 + lane * 4 : k + i; }      // of column k + i
+};
+
 // Few rows: a warp for R outputs, 16 bytes of each at a time and lane, U such loads under way at once. Each weight is read
 // once, and meets all rows there.
 template <int W, int ROWS, int R, int U> __global__ void __launch_bounds__(256) matvec_kernel(Product p) {
@@ -386,7 +400,7 @@ template <int W, int ROWS, int R, int U> __global__ void __launch_bounds__(256) 
             }
             UNROLL for (int t = 0; t < ROWS; t++) {
                 float x[N];
-                UNROLL for (int i = 0; i < N; i += 4) unpack<F32>(x + i, load16(p.x + (size_t)min(t, p.T - 1) * p.x_stride + k + i));
+                UNROLL for (int i = 0; i < N; i += 4) unpack<F32>(x + i, load16(p.x + (size_t)min(t, p.T - 1) * p.x_stride + Order<W, ROWS>::at(k, lane, i)));
                 UNROLL for (int r = 0; r < R; r++) {
                     float sum = W == Q8_0 ? 0.0f : acc[r][t];
                     UNROLL for (int i = 0; i < N; i++) sum = fmaf(w[r][i], x[i], sum);
@@ -401,22 +415,27 @@ template <int W, int ROWS, int R, int U> __global__ void __launch_bounds__(256) 
     }
 }
 
-// Rows of x at a multiple of 16 bytes and without a broken last chunk, where the caller's are not so: copied, zeros behind.
-__global__ void pad_kernel(float *to, const float *x, int cols, int padded) {
-    for (int i = threadIdx.x; i < padded; i += blockDim.x) to[(size_t)blockIdx.x * padded + i] = i < cols ? x[(size_t)blockIdx.x * cols + i] : 0.0f;
+// Rows of x in that order, at a multiple of 16 bytes, zeros behind.
+template <int W, int ROWS> __global__ void arrange_kernel(float *to, const float *x, int cols, int padded) {
+    int at = blockIdx.y * blockDim.x + threadIdx.x, c = Order<W, ROWS>::column(at);
+    if (at < padded) to[(size_t)blockIdx.x * padded + at] = c < cols ? x[(size_t)blockIdx.x * cols + c] : 0.0f;
 }
 
-template <int W> static void matvec(Product p) {
-    if (p.cols % Per16<W>::n || (uintptr_t)p.x % 16) {
-        p.x_stride = ceil_div(p.cols, 32) * 32;
+template <int W, int ROWS, int R, int U> static void matvec(Product p) {
+    if (Order<W, ROWS>::SPREAD || p.cols % Per16<W>::n || (uintptr_t)p.x % 16) {
+        p.x_stride = ceil_div(p.cols, Order<W, ROWS>::GROUP) * Order<W, ROWS>::GROUP;
         float *to = (float *)scratch(S_SPLIT, (size_t)p.T * p.x_stride * sizeof(float));
-        LAUNCH(pad_kernel, p.T, 256, 0, to, p.x, p.cols, p.x_stride);
+        LAUNCH((arrange_kernel<W, ROWS>), dim3(p.T, ceil_div(p.x_stride, 256)), 256, 0, to, p.x, p.cols, p.x_stride);
         p.x = to;
     }
-    if (p.T == 1)      LAUNCH((matvec_kernel<W, 1, 1, 4>),  ceil_div(p.rows, 8), 256, 0, p);
-    else if (p.T <= 4) LAUNCH((matvec_kernel<W, 4, 2, 2>),  ceil_div(p.rows, 16), 256, 0, p);
-    else if (p.T <= 8) LAUNCH((matvec_kernel<W, 8, 2, W == Q8_0 ? 1 : 2>),  ceil_div(p.rows, 16), 256, 0, p);
-    else               LAUNCH((matvec_kernel<W, 16, 4, 1>), ceil_div(p.rows, 32), 256, 0, p);
+    LAUNCH((matvec_kernel<W, ROWS, R, U>), ceil_div(p.rows, 8 * R), 256, 0, p);
+}
+
+template <int W> static void few_rows(const Product &p) {
+    if (p.T == 1)      matvec<W, 1, 1, 4>(p);
+    else if (p.T <= 4) matvec<W, 4, 2, 2>(p);
+    else if (p.T <= 8) matvec<W, 8, 2, W == Q8_0 ? 1 : 2>(p);
+    else               matvec<W, 16, 4, 1>(p);
 }
 
 // Many rows and float weights: tiles of 64 x 64, 4 x 4 of them a thread, 16 of the inner dimension at a time.
@@ -445,11 +464,12 @@ __global__ void __launch_bounds__(256) float_tile_kernel(Product p) {
 // scale comes after each block of 32, as it should). The activations are not, and LLaMA's reach thousands where f16 ends at
 // 65504: so a row is scaled by a power of two that puts its largest number into [2^14, 2^15), and goes as hi + lo, two
 // numbers of the weights' type. Twice the tensor work, and f16 loses 2^-22 of a number instead of 2^-11, bf16 2^-17
-// instead of 2^-8; a row's result depends on nothing but the row. Tensor cores cut off what a sum cannot hold instead of
-// rounding it, always towards zero: 4,096 products summed there lost up to 3e-5. So they sum 32 at a time, and the 32s are added as floats.
+// instead of 2^-8; a row's result depends on nothing but the row. Tensor cores cut off, towards zero, what a sum cannot hold
+// (Fasi et al. 2021, doi 10.7717/peerj-cs.330): 4,096 products added up there are off by up to 3e-5, as cuda_on_cpu.h computes
+// it. So they add up 32 at a time, and these sums are added as floats.
 enum { TILE_K = 32, STAGES = 3 };
 
-__global__ void split_kernel(uint16_t *hi, uint16_t *lo, float *row_scale, const float *x, int cols, int K, bool bf16) {
+__global__ void split_kernel(uint32_t *hi, uint32_t *lo, float *row_scale, const float *x, int cols, int K, bool bf16) {
     __shared__ float part[8];
     const float *xt = x + (size_t)blockIdx.x * cols;
     float most = 0.0f;
@@ -461,10 +481,10 @@ __global__ void split_kernel(uint16_t *hi, uint16_t *lo, float *row_scale, const
     int e = max((int)(__float_as_uint(most) >> 23), 28) - 127 - 14;              // most is in [2^(e+14), 2^(e+15))
     float up = __uint_as_float((uint32_t)(127 - e) << 23);                        // 2^-e
     if (threadIdx.x == 0) row_scale[blockIdx.x] = __uint_as_float((uint32_t)(127 + e) << 23);
-    for (int i = threadIdx.x; i < K; i += 256) {
-        float v = i < cols ? xt[i] * up : 0.0f;
-        size_t at = (size_t)blockIdx.x * K + i;
-        if (bf16) split<true>(&hi[at], &lo[at], v); else split<false>(&hi[at], &lo[at], v);
+    for (int i = threadIdx.x * 2; i < K; i += 512) {
+        float a = i < cols ? xt[i] * up : 0.0f, b = i + 1 < cols ? xt[i + 1] * up : 0.0f;
+        size_t at = ((size_t)blockIdx.x * K + i) / 2;
+        if (bf16) split_pair<true>(&hi[at], &lo[at], a, b); else split_pair<false>(&hi[at], &lo[at], a, b);
     }
 }
 
@@ -476,12 +496,14 @@ template <int W> static __device__ __forceinline__ void mma(float c[4], const ui
 }
 
 // TILE_M rows x TILE_N outputs a block, 8 warps as 2 x 4; the next tiles are on their way (cp.async) while one is multiplied.
-// 128 x 256 is the largest whose sums fit into registers: of the traffic from L2, and of what each warp reads of shared memory, a larger tile needs less.
+// The larger a tile, the less it reads from L2 and each warp from shared memory; the sums of 128 x 256 just fit into registers.
 template <int W, int TILE_M, int TILE_N> struct Tile {
     enum { X_BYTES = TILE_M * 64, W_BYTES = TILE_N * 64, STAGE = 2 * X_BYTES + W_BYTES + (W == Q8_0 ? TILE_N * 4 : 0) };
 };
-template <int W, int TILE_M, int TILE_N> __global__ void __launch_bounds__(256) tile_kernel(Product p, const uint16_t *hi, const uint16_t *lo, const float *row_scale, int K) {
-    constexpr int MI = TILE_M / 32, NJ = TILE_N / 32, X_BYTES = Tile<W, TILE_M, TILE_N>::X_BYTES, W_BYTES = Tile<W, TILE_M, TILE_N>::W_BYTES, STAGE = Tile<W, TILE_M, TILE_N>::STAGE;
+template <int W, int TILE_M, int TILE_N> __global__ void __launch_bounds__(256) tile_kernel(Product p, const uint16_t *hi, const uint16_t *lo,
+        const float *row_scale, int K) {
+    using S = Tile<W, TILE_M, TILE_N>;
+    constexpr int MI = TILE_M / 32, NJ = TILE_N / 32, X_BYTES = S::X_BYTES, W_BYTES = S::W_BYTES, STAGE = S::STAGE;
     static_assert(W != Q8_0 || TILE_N == 128, "a thread loads half a row of q8_0");
     DYNAMIC_SHARED(shared);          // STAGES times: x hi, x lo, w, its scales
     int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, t0 = blockIdx.x * TILE_M, o0 = blockIdx.y * TILE_N;
@@ -535,7 +557,8 @@ template <int W, int TILE_M, int TILE_N> __global__ void __launch_bounds__(256) 
         const float *scale = (const float *)(s + 2 * X_BYTES + W_BYTES);
         uint32_t b[2][NJ / 2][4];                // [k half][pair of n8 tiles]
         UNROLL for (int kk = 0; kk < 2; kk++)
-            UNROLL for (int j = 0; j < NJ / 2; j++) ldmatrix(b[kk][j], s + 2 * X_BYTES + chunk_at(wn + 16 * j + lane / 16 * 8 + lane % 8, kk * 2 + lane / 8 % 2));
+            UNROLL for (int j = 0; j < NJ / 2; j++)
+                ldmatrix(b[kk][j], s + 2 * X_BYTES + chunk_at(wn + 16 * j + lane / 16 * 8 + lane % 8, kk * 2 + lane / 8 % 2));
         UNROLL for (int i = 0; i < MI; i++) {
             float part[NJ][4];                   // the sums of these 32 products
             UNROLL for (int j = 0; j < NJ * 4; j++) part[j / 4][j % 4] = 0.0f;
@@ -549,7 +572,8 @@ template <int W, int TILE_M, int TILE_N> __global__ void __launch_bounds__(256) 
             }
             UNROLL for (int j = 0; j < NJ * 4; j++) {
                 float *sum = &acc[i][j / 4][j % 4];
-                *sum = W == Q8_0 ? fmaf(scale[wn + j / 4 * 8 + lane % 4 * 2 + j % 2], part[j / 4][j % 4], *sum) : *sum + part[j / 4][j % 4];
+                float v = part[j / 4][j % 4];
+                *sum = W == Q8_0 ? fmaf(scale[wn + j / 4 * 8 + lane % 4 * 2 + j % 2], v, *sum) : *sum + v;
             }
         }
         if (W == Q8_0 && more) store_q8(tile + STAGES - 1);
@@ -581,12 +605,12 @@ template <int W, int TILE_M, int TILE_N> static void tiles(const Product &p, con
 static void matmul(float *y, const float *x, Mat w, const float *bias, Act act, bool add, int T) {
     Product p = { y, x, (const char *)w.data, w.scale, w.row_bytes, scale_row_bytes(w.cols), bias, act, T, w.rows, w.cols, w.cols, add };
     if (T < 1) return;
-    if (T <= FEW) { FOR_TYPE(w.type, matvec<W>(p)) return; }
+    if (T <= FEW) { FOR_TYPE(w.type, few_rows<W>(p)) return; }
     if (w.type == F32) { LAUNCH(float_tile_kernel, dim3(ceil_div(T, 64), ceil_div(w.rows, 64)), 256, 0, p); return; }
     int K = ceil_div(w.cols, TILE_K) * TILE_K;
     uint16_t *hi = (uint16_t *)scratch(S_SPLIT, (size_t)T * K * 4), *lo = hi + (size_t)T * K;
     float *row_scale = (float *)scratch(S_ROW_SCALE, T * sizeof(float));
-    LAUNCH(split_kernel, T, 256, 0, hi, lo, row_scale, x, w.cols, K, w.type == BF16);
+    LAUNCH(split_kernel, T, 256, 0, (uint32_t *)hi, (uint32_t *)lo, row_scale, x, w.cols, K, w.type == BF16);
     if (w.type == F16)  { if (T <= 64) tiles<F16, 64, 128>(p, hi, lo, row_scale, K);  else tiles<F16, 128, 256>(p, hi, lo, row_scale, K); }
     if (w.type == BF16) { if (T <= 64) tiles<BF16, 64, 128>(p, hi, lo, row_scale, K); else tiles<BF16, 128, 256>(p, hi, lo, row_scale, K); }
     if (w.type == Q8_0) { if (T <= 64) tiles<Q8_0, 64, 128>(p, hi, lo, row_scale, K); else tiles<Q8_0, 128, 128>(p, hi, lo, row_scale, K); }
@@ -641,16 +665,22 @@ template <int D, bool F32KV> struct Flash {
            Q_BYTES = 2 * QUERIES * ROW, KV_BYTES = PARTS * TILE * ROW };
 };
 
-// Float rows -> hi and, below them, lo. Rows at n and past it are zero; so are columns from D on.
+// Float rows -> hi and, below them, lo. Rows at n and past it are zero; so are columns from D on. Four loads are under way at once.
 template <int D, int N_ROWS, int ROW> static __device__ void load_split(char *to, const char *from, size_t stride, int n) {
     constexpr int C = (D + 15) / 16 * 4;                         // chunks of 4 floats
-    for (int i = threadIdx.x; i < N_ROWS * C; i += 128) {
-        int r = i / C, c = i % C;
-        float4 v = make_float4(0, 0, 0, 0);
-        if (r < n && c * 4 < D) v = load4((const float *)(from + r * stride) + c * 4);
-        uint32_t *hi = (uint32_t *)(to + r * ROW + c * 8), *lo = (uint32_t *)(to + (N_ROWS + r) * ROW + c * 8);
-        split_pair(hi, lo, v.x, v.y);
-        split_pair(hi + 1, lo + 1, v.z, v.w);
+    for (int i0 = threadIdx.x; i0 < N_ROWS * C; i0 += 4 * 128) {
+        uint4 v[4];
+        UNROLL for (int u = 0; u < 4; u++) {
+            int r = (i0 + 128 * u) / C, c = (i0 + 128 * u) % C;
+            v[u] = r < min(n, N_ROWS) && c * 4 < D ? load16(from + r * stride + c * 16) : make_uint4(0, 0, 0, 0);
+        }
+        UNROLL for (int u = 0; u < 4; u++) {
+            int r = (i0 + 128 * u) / C, c = (i0 + 128 * u) % C;
+            if (r >= N_ROWS) break;
+            uint32_t *hi = (uint32_t *)(to + r * ROW + c * 8), *lo = (uint32_t *)(to + (N_ROWS + r) * ROW + c * 8);
+            split_pair<false>(hi, lo, __uint_as_float(v[u].x), __uint_as_float(v[u].y));
+            split_pair<false>(hi + 1, lo + 1, __uint_as_float(v[u].z), __uint_as_float(v[u].w));
+        }
     }
 }
 
@@ -762,7 +792,7 @@ template <int D, bool F32KV> __global__ void __launch_bounds__(128) flash_kernel
         __syncthreads();             // the values are here
         UNROLL for (int kk = 0; kk < F::TILE / 16; kk++) {
             uint32_t hi[4], lo[4];
-            UNROLL for (int i = 0; i < 4; i++) split_pair(&hi[i], &lo[i], s[2 * kk + i / 2][i % 2 * 2], s[2 * kk + i / 2][i % 2 * 2 + 1]);
+            UNROLL for (int i = 0; i < 4; i++) split_pair<false>(&hi[i], &lo[i], s[2 * kk + i / 2][i % 2 * 2], s[2 * kk + i / 2][i % 2 * 2 + 1]);
             UNROLL for (int j = 0; j < F::DP / 16; j++) {
                 uint32_t b[4];
                 const char *value = sv + (kk * 16 + lane % 16) * F::ROW + (2 * j + lane / 16) * 16;
@@ -805,6 +835,8 @@ template <int D, bool F32KV> static void flash(float *o, float *lse, const float
                                              const int *q_pos, const uint8_t *visible, int T, int n_heads) {
     using F = Flash<D, F32KV>;
     int bytes = F::Q_BYTES + 2 * F::KV_BYTES;
+    if (((uintptr_t)q | (uintptr_t)keys.k | (uintptr_t)keys.v | q_stride * sizeof(float) | keys.stride) % 16)
+        die(NULL, "attention reads rows that begin at a multiple of 16 bytes");
     ALLOW_SHARED((flash_kernel<D, F32KV>), bytes);
     LAUNCH((flash_kernel<D, F32KV>), dim3(ceil_div(T, F::QUERIES), n_heads), 128, bytes, o, lse, q, q_stride, keys, lists, group, q_pos, visible, T, n_heads);
 }
@@ -1858,8 +1890,14 @@ extern "C" const Kernels *cuda(void) {
         fprintf(stderr, "cuda: %s has compute capability %d.%d, 8.0 is needed\n", about.name, about.major, about.minor);
         return NULL;
     }
-    CHECK(cudaSetDevice(device));
-    CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    cudaFuncAttributes built;                // fails where this program holds no code for the device
+    e = cudaSetDevice(device);
+    if (e == cudaSuccess) e = cudaFuncGetAttributes(&built, rope_kernel);
+    if (e == cudaSuccess) e = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    if (e != cudaSuccess) {
+        fprintf(stderr, "cuda: %s (compute capability %d.%d): %s\n", about.name, about.major, about.minor, cudaGetErrorString(e));
+        return NULL;
+    }
     ready = true;
     return &table;
 }

@@ -91,6 +91,25 @@ static const char *const names[] = { "f32", "f16", "bf16", "q8_0" };
 
 // ----------------------------------------------------------------------------
 
+// What was put can be got, in pieces of every size and past the end of what put keeps for itself.
+static void test_memory() {
+    Ints x(6 << 20), y(x.size());
+    for (int &v : x) v = (int)rnd_u64(&rng);
+    Device<int> d(x.size());
+    size_t at = 0;
+    for (size_t n = 1; at < x.size(); n = n * 3 + 1) {
+        n = std::min(n, x.size() - at);
+        K->put(d + at, &x[at], n * sizeof(int));
+        at += n;
+    }
+    for (int i = 0; i < 50; i++) {
+        y.assign(100000, i);                                     // the same host memory each time
+        K->put(d + 100000 * (i % 5), y.data(), y.size() * sizeof(int));
+    }
+    for (int i = 0; i < 500000; i++) x[i] = 45 + i / 100000;
+    check(d.host() == x, "what was put is not what was got");
+}
+
 static void test_rows() {
     for (int type = 0; type < N_TYPES; type++)
         for (int dim : { 32, 96, 4096 }) {
@@ -169,6 +188,7 @@ static void test_matmul() {
             matmul_case(type, T, 33, odd, ACT_GELU, true, false, 1);
             matmul_case(type, T, 129, type == Q8_0 ? 160 : 172, ACT_QUICK_GELU, true, true, 1);
             if (!quick) matmul_case(type, T, 65, wide, ACT_NONE, false, true, 1);
+            if (T == 17 || T == 65) matmul_case(type, T, 265, odd, ACT_NONE, true, true, 1);      // more outputs than a tile has
         }
         for (int T : { 1, 3, 16, 128 }) if (!quick || T < 4) matmul_case(type, T, T > FEW ? 128 : 40, 4096, ACT_NONE, false, false, 1);
         for (double size : { 1e-5, 3e4 }) matmul_case(type, 17, 33, odd, ACT_NONE, false, false, size);      // f16 ends at 65504
@@ -575,11 +595,12 @@ int main(int argc, char **argv) {
 #ifndef __CUDACC__
     check(survives([] { emu::n_devices = 0; return cuda() == NULL; }), "a machine without a device");
     check(survives([] { emu::capability = 75; return cuda() == NULL; }), "a device that is too old");
+    check(survives([] { emu::no_code = true; return cuda() == NULL; }), "a device that this program was not compiled for");
 #endif
     K = cuda();
     if (!K) return 1;
     struct { const char *name; void (*run)(); } tests[] = {
-        { "rows", test_rows }, { "norms", test_norms }, { "matmul", test_matmul }, { "rope", test_rope }, { "attend", test_attend },
+        { "memory", test_memory }, { "rows", test_rows }, { "norms", test_norms }, { "matmul", test_matmul }, { "rope", test_rope }, { "attend", test_attend },
         { "cache", test_cache }, { "cosine", test_cosine }, { "graph", test_graph }, { "again", test_again },
 #ifndef __CUDACC__
         { "planted bugs", test_planted_bugs },
