@@ -52,6 +52,8 @@ $(BUILD)/kernels_emulated.o: kernels.cu $(HEADERS) Makefile | $(BUILD)
 	$(EMULATE) -Dcuda=cuda_on_cpu -include tests/cuda_on_cpu.h -x c++ -c -o $@ $<
 $(BUILD)/cuda_scenes: tests/cuda_scenes.c $(BUILD)/kernels_emulated.o $(OBJ) $(HEADERS) llava.c Makefile
 	$(C) $(STRICT) -DEMULATED -o $@ $< $(BUILD)/kernels_emulated.o $(filter-out %_cuda.o,$(OBJ)) -lstdc++ -lm
+$(BUILD)/llava_emulated: llava.c $(BUILD)/kernels_emulated.o $(OBJ) $(HEADERS) Makefile
+	$(C) $(STRICT) -DHAVE_CUDA -Dcuda=cuda_on_cpu -o $@ $< $(BUILD)/kernels_emulated.o $(filter-out %_cuda.o,$(OBJ)) -lstdc++ -lm
 $(BUILD)/gpu_model_emulated: tests/gpu_model.c $(BUILD)/kernels_emulated.o $(OBJ) $(HEADERS) llava.c Makefile
 	$(C) $(STRICT) -DEMULATED -o $@ $< $(BUILD)/kernels_emulated.o $(filter-out %_cuda.o,$(OBJ)) -lstdc++ -lm
 $(BUILD)/gpu_scenes: tests/cuda_scenes.c $(OBJ) $(HEADERS) llava.c Makefile
@@ -82,7 +84,7 @@ parity:                                     ## against Hugging Face, sentencepie
 	@$(MAKE) --no-print-directory llava $(BUILD)/tokenizer_cli $(BUILD)/image_cli
 	@BUILD=$(BUILD) sh tests/run.sh parity
 
-long: llava $(TESTS) $(BUILD)/fuzz_image $(BUILD)/cuda_scenes ## what takes too long for CI: fuzzing, long random runs
+long: llava $(TESTS) $(BUILD)/fuzz_image $(BUILD)/cuda_scenes $(BUILD)/llava_emulated ## what takes too long for CI: fuzzing, long random runs
 	@BUILD=$(BUILD) sh tests/run.sh long
 $(BUILD)/fuzz_image: tests/fuzz_image.c $(HEADERS) | $(BUILD)
 	$(C) $(STRICT) -O1 -g -fsanitize=address,undefined -fno-sanitize=shift,signed-integer-overflow -o $@ $< -lm

@@ -50,6 +50,7 @@ long)
     run "$build/fuzz_image" 2000000 "$(date +%s)"
     run "$build/test_policies" 100000
     run "$build/cuda_scenes"
+    run "$python" tests/test_cuda_cli.py "$build/llava_emulated" $model all
     ;;
 esac
 echo "$passed passed, $failed failed"
