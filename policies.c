@@ -918,21 +918,29 @@ const Policy policies[] = {
 
 // What numbers an option may be. Other names in a row of the table: any number.
 static const struct { const char *name, *means; double lo, hi; bool whole; } ranges[] = {
-    { "r", "fraction dropped", 0, 1, false },
-    { "important", "fraction of the prompt kept for its scores", 0, 1, false },
-    { "recent", "fraction of the prompt kept as its end; snapkv: by default the window", 0, 1, false },
-    { "start", "first slots that are safe; fastv, simignore: first row of the window", 0, 1e9, true },
+    { "r", "fraction dropped; by default -r's", 0, 1, false },
+    { "important", "fraction of the prompt kept for its scores; by default half of what stays (snapkv: all but the recent part)", 0, 1, false },
+    { "recent", "fraction of the prompt kept as its end; by default the other half (snapkv: the window)", 0, 1, false },
+    { "start", "first slots that are safe; fastv, simignore: first row that is ranked, by default the image's", 0, 1e9, true },
     { "sinks", "first slots that are safe", 0, 1e9, true },
     { "distance", "place of the fixed point: > 0 from the start, else from the end of what stays", -1e9, 1e9, true },
     { "buffer", "places of the release's score list", 1, 1e9, true },
     { "window", "queries at the prompt's end that vote; snapkv:lookm: by default the recent part", 1, 1e9, true },
     { "pool", "slots that a score is averaged over, an odd number", 1, 1e9, true },
     { "k", "first layer without the dropped rows: 1 to layers - 1", 1, 1e9, true },
-    { "keep", "image rows that stay", 0, 1e9, true },
-    { "length", "rows of the window", 1, 1e9, true },
-    { "tokens", "image rows that stay", 0, 1e9, true },
+    { "keep", "image rows that stay at layer k; by default by r", 0, 1e9, true },
+    { "length", "rows that are ranked; by default as many as the image has", 1, 1e9, true },
+    { "tokens", "image rows that stay; by default by r", 0, 1e9, true },
     { "i0", "first rank in the list of pairs", 0, 1e9, true },
     { "step", "stride in the list of pairs", 1, 1e9, true },
+};
+static const char *const meanings[][2] = {    // of options that are words or files
+    { "conf", "prefixkv: a file with one fraction dropped a layer, [a, b, ...]; by default searched for on the prompt, as :online does" },
+    { "what", "which slots may leave: image, all" },
+    { "merge", "elastic: on, off (what leaves is dropped); lookm: pivot, average, weighted (by cosine), none" },
+    { "prior", "on: text stays before images; off: scores alone" },
+    { "budget", "union: all text stays, whatever the budget; strict: text counts" },
+    { "score", "last: the prompt's last query ranks image rows; all: all queries do" },
 };
 static const char *const amounts[] = { "important", "recent", "conf", "tokens", "keep" };   // stand in place of -r
 
@@ -1109,6 +1117,6 @@ void policy_help(FILE *out) {
     for (const Policy *p = policies; p->name; p++) fprintf(out, "%-23s %-17s %-55s %s\n", p->name, *p->paper ? p->paper : "-", p->keeps, p->options);
     fprintf(out, "\n%-12s %s\n", "option", "meaning");
     for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++) fprintf(out, "%-12s %s\n", ranges[i].name, ranges[i].means);
-    fprintf(out, "%-12s %s\n", "conf", "prefixkv: a file with one fraction dropped a layer, [a, b, ...]");
+    for (size_t i = 0; i < sizeof meanings / sizeof *meanings; i++) fprintf(out, "%-12s %s\n", meanings[i][0], meanings[i][1]);
     fputs("A word option lists its words, the default first. NAME is the paper's method, NAME:released what its authors' code decides.\n", out);
 }

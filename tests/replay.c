@@ -103,8 +103,8 @@ static int integer(Reader *r, const char *what, int lo, int hi) {
 // What the parameters of a case may be: a broken one is an error, not a crash.
 enum { MOST = 1 << 20 };
 static const struct { const char *name; int lo, hi; } limits[] = {
-    { "layers", 1, 1024 }, { "heads", 1, 1024 }, { "kv_heads", 1, 1024 }, { "head_dim", 1, 4096 }, { "dim", 1, 1 << 16 }, { "hidden_dim", 1, 1 << 18 },
-    { "vocab", 1, MOST }, { "prompt", 1, MOST }, { "steps", 0, MOST }, { "image_start", 0, MOST }, { "image_len", 0, MOST }, { "k", 1, 1024 },
+    { "layers", 1, 1024 }, { "heads", 1, 1024 }, { "kv_heads", 1, 1024 }, { "head_dim", 1, 4096 }, { "dim", 1, 1 << 16 },
+    { "hidden_dim", 1, 1 << 18 }, { "vocab", 1, MOST }, { "prompt", 1, MOST }, { "steps", 0, MOST }, { "image_start", 0, MOST }, { "image_len", 0, MOST }, { "k", 1, 1024 },
     { "keep", 0, MOST }, { "k_sim", 0, MOST }, { "i0", 0, MOST }, { "step", 1, MOST }, { "fastv_start", 0, MOST }, { "fastv_len", 0, MOST },
     { "start_size", 0, MOST }, { "recent_size", 0, MOST }, { "protect_size", 0, MOST }, { "distance", -MOST, MOST }, { "sinks", 0, MOST },
     { "window", 1, MOST }, { "pool", 1, MOST }, { "ratio", 0, 1 }, { "rho_L", 0, 1 }, { "hh_ratio", 0, 1 }, { "recent_ratio", 0, 1 } };
@@ -123,7 +123,8 @@ static void read_record(Reader *r, int kind, int step) {
     bool expected = kind == EXPECT_INTS || kind == EXPECT_TENSOR;
     for (int i = 0; kind != TOL && i < c->n - 1; i++) {
         const Record *y = &c->record[i];
-        if (y->step == step && y->kind != TOL && expected == (y->kind > TENSOR) && !strcmp(y->name, x->name)) broken(r, "%s stands twice in this step", x->name);
+        if (y->step == step && y->kind != TOL && expected == (y->kind > TENSOR) && !strcmp(y->name, x->name))
+            broken(r, "%s stands twice in this step", x->name);
     }
     if (kind <= TOL) {
         x->value = number(r, x->name);
@@ -694,10 +695,12 @@ static void replay_decoder(Case *c, const char *policy, int family, bool full) {
     K = &cpu;
     Model *m = model_of(c);
     const Config *k = &m->config;
-    int prompt = value(c, "prompt"), steps = c->steps, ctx = prompt + steps + 1, image_start = value_or(c, "image_start", 0), image_len = value_or(c, "image_len", 0);
+    int prompt = value(c, "prompt"), steps = c->steps, ctx = prompt + steps + 1;
+    int image_start = value_or(c, "image_start", 0), image_len = value_or(c, "image_len", 0);
     Record *x = typed(find(c, true, -1, "x"), false), *tokens = typed(find(c, true, -1, "tokens"), true), *want;
     if (prompt < image_start + image_len) die(NULL, "the image does not fit into the prompt");
-    for (size_t i = 0; tokens && i < tokens->n; i++) if (tokens->i[i] < 0 || tokens->i[i] >= k->vocab_size) die(NULL, "tokens: %d of a vocabulary of %d", tokens->i[i], k->vocab_size);
+    for (size_t i = 0; tokens && i < tokens->n; i++)
+        if (tokens->i[i] < 0 || tokens->i[i] >= k->vocab_size) die(NULL, "tokens: %d of a vocabulary of %d", tokens->i[i], k->vocab_size);
     if (!x || x->n != (size_t)prompt * k->dim) die(NULL, "tensor x: missing, or not (%d, %d)", prompt, k->dim);
     if (steps && (!tokens || tokens->n < (size_t)steps)) die(NULL, "fewer tokens than steps");
     Chain chain = full ? policy_parse("full", NAN, k->n_layers) : chain_of(c, policy, k->n_layers);

@@ -125,6 +125,11 @@ static void test_command_line(void) {
     fclose(f);
     for (const Policy *p = policies; p->name; p++) {
         check(strstr(help, p->name) && strstr(help, p->keeps) && strstr(help, p->options), "-p help lacks %s", p->name);
+        for (const char *o = p->options; *o; o += strcspn(o, ","), o += *o == ',') {
+            char line[64];
+            snprintf(line, sizeof line, "\n%.*s  ", (int)strcspn(o, ",="), o);
+            check(strstr(help, line) != NULL, "-p help does not say what %s of %s means", line + 1, p->name);
+        }
         check(!(p->flags & (DECODE_VOTES | DECODE_SCORES | DECODE_ADMIT)) || p->flags & EVERY_TOKEN, "%s: flags", p->name);
         check(!(p->flags & DECODE_SCORES) || p->flags & DECODE_VOTES, "%s: flags", p->name);
         check(!(p->flags & PRUNES_ROWS) == !(p->admit && !p->compress), "%s: PRUNES_ROWS", p->name);
