@@ -605,7 +605,7 @@ static void prefixkv(Run *r) {
 //   - prior=off keeps slots 0 … 3 whatever they score (the lowest N of them where N < 4)
 //   - prompts without an image are left alone
 // h2o:lookm is its H2O row: top N and W, per head, once. roco is its RoCo row, "mean attention": the mean over the same L
-// queries, so the very ranking of h2o:lookm (the published rows are equal in all 11 columns). It is not EasyKV's RoCo.
+// queries, so the very ranking of h2o:lookm (the published 7B rows are equal in all 11 columns). It is not EasyKV's RoCo.
 
 static bool has_image(const Run *r) { return memchr(r->kind, IMAGE, r->n_prompt) != NULL; }
 
