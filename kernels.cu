@@ -1591,15 +1591,16 @@ static void kv_nearest(int *h_into, float *h_w, const KV *kv, int seq, int layer
 }
 
 // ----------------------------------------------------------------------------
-// kv_apply: a layer at a time into scratch memory, merged and in token order, then back
+// kv_apply: into scratch memory, merged and in token order, then back; as many layers at a time as fit into move_bytes, one at least
 
-typedef struct { char *k, *v; int *pos, *rot; float *score; int stride; } Moved;     // (n_kv_heads, stride) slots
+static size_t move_bytes = 64 << 20;     // a test takes less
+typedef struct { char *k, *v; int *pos, *rot; float *score; int stride; } Moved;     // (heads of these layers, stride) slots
 
 // A warp for each slot that stays. Its sources are looked for 32 slots at a time and added in ascending order.
 __global__ void merge_kernel(Moved to, List *lists, const int *order, const int *offset, const int *kept, const int *count, const int *into, const float *w,
-                             float self, const float *cos_sin, int head_dim, bool f16) {
+                             float self, const float *cos_sin, int head_dim, bool f16, int n_seqs, int n_kv_heads) {
     int g = blockIdx.y, lane = threadIdx.x % 32, dest = blockIdx.x * 8 + threadIdx.x / 32;
-    const List *list = lists + g;
+    const List *list = head_list(lists, g, n_seqs, n_kv_heads);
     if (dest >= count[g]) return;
     order += offset[g]; kept += offset[g];
     if (into) { into += offset[g]; w += offset[g]; }
@@ -1650,8 +1651,8 @@ __global__ void merge_kernel(Moved to, List *lists, const int *order, const int 
     if (lane == 0) { to.pos[at] = list->pos[place]; to.rot[at] = rot; to.score[at] = list->score[place]; }
 }
 
-__global__ void move_back_kernel(List *lists, Moved from, const int *count, size_t size) {
-    List *c = lists + blockIdx.y;
+__global__ void move_back_kernel(List *lists, Moved from, const int *count, size_t size, int n_seqs, int n_kv_heads) {
+    List *c = head_list(lists, blockIdx.y, n_seqs, n_kv_heads);
     int g = blockIdx.y, i = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32, n = count[g];
     size_t at = (size_t)g * from.stride + i;
     if (i < n) {
@@ -1676,15 +1677,18 @@ static void kv_apply(KV *kv, int seq, const bool *h_keep, const int *h_into, con
     const float *w = h_into ? (const float *)upload(S_W, h_w, total * sizeof(float)) : NULL;
     int *kept = (int *)scratch(S_KEPT, total * sizeof(int)), *count = (int *)scratch(S_COUNT, n * sizeof(int));
     LAUNCH(plan_kernel, n, 256, 0, kept, count, keep, offset, lists_of(kv, 0, seq), kv->n_seqs, kv->n_kv_heads);
-    size_t places = (size_t)kv->n_kv_heads * longest;
+    size_t layer_places = (size_t)kv->n_kv_heads * longest, fit = move_bytes / (layer_places * (2 * size + 12));
+    int layers = fit < 1 ? 1 : fit < (size_t)kv->n_layers ? (int)fit : kv->n_layers;
+    size_t places = layers * layer_places;
     char *k = (char *)scratch(S_MOVE, places * (2 * size + 12));
     int *pos = (int *)(k + 2 * places * size);
     Moved to = { k, k + places * size, pos, pos + places, (float *)pos + 2 * places, longest };
-    for (int l = 0; l < kv->n_layers; l++) {
-        dim3 grid(ceil_div(longest, 8), kv->n_kv_heads);
-        int first = l * kv->n_kv_heads;
-        LAUNCH(merge_kernel, grid, 256, 0, to, lists_of(kv, l, seq), order, offset + first, kept, count + first, into, w, self, cos_sin, kv->head_dim, kv->type == F16);
-        LAUNCH(move_back_kernel, grid, 256, 0, lists_of(kv, l, seq), to, count + first, size);
+    for (int l = 0; l < kv->n_layers; l += layers) {
+        int heads = min(layers, kv->n_layers - l) * kv->n_kv_heads, first = l * kv->n_kv_heads;
+        dim3 grid(ceil_div(longest, 8), heads);
+        LAUNCH(merge_kernel, grid, 256, 0, to, lists_of(kv, l, seq), order, offset + first, kept, count + first, into, w, self, cos_sin,
+               kv->head_dim, kv->type == F16, kv->n_seqs, kv->n_kv_heads);
+        LAUNCH(move_back_kernel, grid, 256, 0, lists_of(kv, l, seq), to, count + first, size, kv->n_seqs, kv->n_kv_heads);
     }
     for (int i = 0; i < n; i++) {
         int stay = 0;

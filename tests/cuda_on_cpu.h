@@ -570,14 +570,14 @@ static inline cudaError_t cudaGetLastError() { return 0; }
 static inline cudaError_t cudaMemGetInfo(size_t *free, size_t *total) { *free = emu::free_bytes - emu::used_bytes; *total = emu::free_bytes; return 0; }
 template <class T> static cudaError_t cudaMalloc(T **p, size_t n) {
     if (n > emu::free_bytes - emu::used_bytes) return cudaErrorMemoryAllocation;
+#ifndef EMU_ASAN
     if (emu::device.empty()) {
         struct sigaction action = {};
         action.sa_sigaction = emu::on_segv;
         action.sa_flags = SA_SIGINFO;
-#ifndef EMU_ASAN
         sigaction(SIGSEGV, &action, nullptr);
-#endif
     }
+#endif
     *p = (T *)emu::guarded(n);
     if (!*p) return cudaErrorMemoryAllocation;
     emu::used_bytes += n;

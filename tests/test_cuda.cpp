@@ -404,6 +404,7 @@ static void cache_case(int hd, Type type, int H, int G, int n_prompt) {
 
     // a plan that merges by nearness, somewhat disturbed: some kept slots are sources too, some that leave go nowhere
     std::vector<char> keep = random_keep(s0, 0.6);
+    move_bytes = n_prompt % 2 ? 0 : 64 << 20;                    // one layer at a time, or all at once
     Ints into(keep.size(), -1);
     Floats w(keep.size(), 1.0f);
     check_nearest(name, kv, &ref, s0, keep, &into, &w);
