@@ -64,11 +64,11 @@ static __device__ __forceinline__ void ldmatrix_trans(uint32_t r[4], const void 
 }
 // c (16, 8) += a (16, 16) b (8, 16)^T on the tensor cores, products of 16-bit numbers added up in float
 static __device__ __forceinline__ void mma_f16(float c[4], const uint32_t a[4], const uint32_t b[2]) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 static __device__ __forceinline__ void mma_bf16(float c[4], const uint32_t a[4], const uint32_t b[2]) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 #endif
@@ -1665,8 +1665,15 @@ __global__ void move_back_kernel(List *lists, Moved from, const int *count, size
     if (blockIdx.x == 0 && threadIdx.x == 0) { c->used = c->len = n; c->hole = -1; }
 }
 
+static int count_true(const bool *p, int n) {        // eight at a time: this happens at every token
+    int sum = 0, i = 0;
+    for (uint64_t u; i + 8 <= n; i += 8) { memcpy(&u, p + i, 8); sum += (int)(u * 0x0101010101010101 >> 56); }
+    for (; i < n; i++) sum += p[i];
+    return sum;
+}
+
 static void kv_apply(KV *kv, int seq, const bool *h_keep, const int *h_into, const float *h_w, float self, const float *cos_sin) {
-    int n = n_heads_of(kv), longest, *len = lens_of(kv, kv->len, seq, 0), *used = lens_of(kv, kv->used, seq, 0), at = 0;
+    int n = n_heads_of(kv), longest, *len = lens_of(kv, kv->len, seq, 0), *used = lens_of(kv, kv->used, seq, 0);
     size_t total, size = kv_size(kv);
     int *offset = offsets(kv, seq, &total, &longest);
     if (!total) return;
@@ -1691,9 +1698,9 @@ static void kv_apply(KV *kv, int seq, const bool *h_keep, const int *h_into, con
         LAUNCH(move_back_kernel, grid, 256, 0, lists_of(kv, l, seq), to, count + first, size, kv->n_seqs, kv->n_kv_heads);
     }
     for (int i = 0; i < n; i++) {
-        int stay = 0;
-        for (int j = 0; j < len[i]; j++) stay += h_keep[at++];
-        len[i] = used[i] = stay;
+        used[i] = count_true(h_keep, len[i]);
+        h_keep += len[i];
+        len[i] = used[i];
     }
 }
 

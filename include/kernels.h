@@ -112,7 +112,8 @@ typedef struct {
     //
     //     o[t,h] = sum_j p_j v[j,h],   p = softmax_j(q[t,h] . k[j,h] / sqrt(head_dim))
     //
-    // o: (Tq, n_heads head_dim)   q: (Tq rows, q_stride apart)   k, v: (Tk rows, kv_stride apart); strides in floats
+    // o: (Tq, n_heads head_dim)   q: (Tq rows, q_stride apart)   k, v: (Tk rows, kv_stride apart); strides in floats. CUDA: all rows
+    // begin at a multiple of 16 bytes.
     void (*attend)(float *o, const float *q, int q_stride, const float *k, const float *v, int kv_stride,
                    int Tq, int Tk, int n_heads, int head_dim);
 

@@ -532,8 +532,14 @@ template <class A> static void check_argument(int i, const A &a) {
     if constexpr (std::is_pointer_v<A>) {
         if (a && !on_device(a, 0)) fail(text);
     } else if constexpr (sizeof a % 8 == 0 && sizeof a <= 256) {
+        A copy = a;
+#if defined __has_builtin
+#if __has_builtin(__builtin_clear_padding)
+        __builtin_clear_padding(&copy);   // what the stack held there before may look like anything
+#endif
+#endif
         uint64_t words[sizeof a / 8];
-        memcpy(words, &a, sizeof a);
+        memcpy(words, &copy, sizeof a);
         for (uint64_t w : words) if (on_host(w)) fail(text);
     }
 }
