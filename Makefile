@@ -9,7 +9,7 @@ DEPS    ?= 1
 STB_DIR ?= $(or $(patsubst %/stb_image.h,%,$(firstword $(wildcard $(addsuffix /stb_image.h,/usr/include/stb /usr/local/include/stb /usr/include /usr/local/include)))),/usr/include/stb)
 NVCC    ?= $(shell command -v nvcc 2>/dev/null)
 CUDA    ?= $(if $(NVCC),1,0)
-ARCH    ?= sm_80
+ARCH    ?= $(if $(shell nvidia-smi -L 2>/dev/null),native,sm_80)
 
 C       := $(CC) -std=gnu11 -D_GNU_SOURCE -Wall -Wextra $(CFLAGS) -fopenmp -Iinclude -I$(STB_DIR)
 STRICT  := -ffp-contract=off
