@@ -520,10 +520,11 @@ static void on_segv(int, siginfo_t *info, void *) {
     fprintf(stderr, "cuda_on_cpu: %s: no such memory: %p\n", kernel_name, info->si_addr);
 }
 
-// Does a number look like an address of the host's memory? For structs with pointers among the arguments of a kernel.
+// Does a number look like an address of the host's memory? For structs with pointers among the arguments of a kernel. Two ints, or an
+// int and padding with whatever was there before, can look so too, but a small int in the lower half hardly stands for an address.
 static bool on_host(uint64_t word) {
     unsigned char there;
-    if (word < 0x500000000000 || word >> 47) return false;
+    if (word < 0x500000000000 || word >> 47 || (uint32_t)word < 1 << 20) return false;
     return !mincore((void *)(word & ~4095ull), 1, &there) && !on_device((void *)word, 0);
 }
 template <class A> static void check_argument(int i, const A &a) {
