@@ -511,7 +511,7 @@ struct OnDevice {                         // while it lives the device works
     ~OnDevice() { for (auto &d : device) give(d.first, d.second, false); }
 };
 
-static void on_segv(int, siginfo_t *info, void *) {
+[[maybe_unused]] static void on_segv(int, siginfo_t *info, void *) {
     signal(SIGSEGV, SIG_DFL);             // the second time it is fatal
     if (on_device(info->si_addr, 1) && !strcmp(kernel_name, "none")) {
         fprintf(stderr, "cuda_on_cpu: the host reads or writes device memory; the last kernel was %s\n", last_kernel);
