@@ -27,28 +27,17 @@ import traceback
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
+from counting import check, finish
+
 if len(sys.argv) != 3:
     sys.exit("usage: python3 tests/test_cli.py build/llava MODEL.bin")
 PROGRAM, MODEL = map(os.path.abspath, sys.argv[1:])
 DIR = tempfile.mkdtemp(prefix="test_cli.")
 HERE = threading.local()                            # .dir: where a test's files lie; two tests run side by side
 HERE.dir = DIR
-LOCK = threading.Lock()
 # Threads that wait must not spin: whatever else runs here would pay for it.
 ENV = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
 LEAKS_ALLOWED = {**ENV, "ASAN_OPTIONS": "detect_leaks=0:" + os.environ.get("ASAN_OPTIONS", "")}   # who ends early frees nothing
-passed = failed = 0
-
-
-def check(ok, name, detail=""):
-    global passed, failed
-    with LOCK:
-        if ok:
-            passed += 1
-        else:
-            failed += 1
-            print(f"FAILED {name}" + (f": {detail}" if detail else ""), flush=True)
-    return ok
 
 
 def path(name, data=None):
@@ -895,5 +884,4 @@ try:
         list(pool.map(one, (test_policies, test_chat, test_model_files, test_answers, test_options, test_prompts, test_pictures, test_replay, test_interrupts)))
 finally:
     shutil.rmtree(DIR)
-print(f"{passed} passed, {failed} failed")
-sys.exit(failed != 0)
+finish()

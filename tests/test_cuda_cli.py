@@ -22,6 +22,8 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
+from counting import check, finish
+
 if len(sys.argv) < 3:
     sys.exit("usage: python3 tests/test_cuda_cli.py build/llava_emulated models/scenes-llava.bin [all | CASE…]")
 PROGRAM, MODEL = map(os.path.abspath, sys.argv[1:3])
@@ -34,17 +36,6 @@ NUMBERS, SCORES = 2e-4, 1e-5                        # of logits and printed numb
 A, B, C = (os.path.join(SCENES, f"{n}.png") for n in (1000, 1003, 1007))
 QUIZ = ("What is this?\nContext: N/A\nOptions: (A) a red square (B) a blue circle (C) a cross\n"
         "Answer with the option's letter from the given choices directly.")
-passed = failed = 0
-
-
-def check(ok, name, detail=""):
-    global passed, failed
-    if ok:
-        passed += 1
-    else:
-        failed += 1
-        print(f"FAILED {name}" + (f": {detail}" if detail else ""), flush=True)
-    return ok
 
 
 # ----------------------------------------------------------------------------
@@ -278,5 +269,4 @@ if not ONLY or ONLY == ["all"]:                     # without -b and --kv it is 
     check(r.returncode == 0 and b"back-end cuda" in r.stderr and b"cache f16" in r.stderr, "back-end by default", r.stderr)
     r = subprocess.run([PROGRAM, MODEL, "-i", "Hello", "-n", "1", "--device", "1000"], capture_output=True, env=ENV)
     check(r.returncode == 1 and r.stdout == b"" and b"error: --device 1000: there " in r.stderr, "--device 1000", r.stderr)
-print(f"{passed} passed, {failed} failed")
-sys.exit(failed != 0 or passed == 0)
+finish()

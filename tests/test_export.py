@@ -25,18 +25,9 @@ try:
     import llava
 except ImportError as e:
     sys.exit(f"error: {e}\nhint:  pip install -r export/requirements.txt")
+from counting import check, finish
 import plava
 
-passed = failed = 0
-
-
-def check(ok, what):
-    global passed, failed
-    if ok:
-        passed += 1
-    else:
-        failed += 1
-        print(f"FAILED {what}")
 
 
 def same(got, want):
@@ -552,5 +543,4 @@ if __name__ == "__main__":
         with tempfile.TemporaryDirectory() as folder:
             test(folder)
     test_random()
-    print(f"{passed} passed, {failed} failed")
-    sys.exit(failed > 0 or passed == 0)
+    finish()

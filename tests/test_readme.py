@@ -10,16 +10,8 @@ import subprocess
 import sys
 import tempfile
 
-passed = failed = 0
+from counting import check, finish
 
-
-def check(ok, what):
-    global passed, failed
-    if ok:
-        passed += 1
-    else:
-        failed += 1
-        print(f"FAILED {what}")
 
 
 build, cc = sys.argv[1], os.environ.get("CC", "cc")
@@ -70,5 +62,4 @@ for line in re.findall(r"^\s+\./llava (.*)$", readme, re.M):
     for option in re.findall(r"(?<=\s)--?[a-zA-Z][a-z-]*", line.split("#")[0]):
         check(re.search(rf"(^|[\s,]){re.escape(option)}\b", options, re.M) is not None, f"./llava {option}")
 
-print(f"{passed} passed, {failed} failed")
-sys.exit(failed != 0 or passed == 0)
+finish()

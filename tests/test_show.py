@@ -18,23 +18,14 @@ import sys
 import tempfile
 import zlib
 
+from counting import check, finish
+
 if len(sys.argv) != 3:
     sys.exit("usage: python3 tests/test_show.py build/llava MODEL.bin")
 PROGRAM, MODEL = map(os.path.abspath, sys.argv[1:])
 FOLDER = tempfile.TemporaryDirectory(prefix="test_show.")
 DIR = FOLDER.name
 ENV = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
-passed = failed = 0
-
-
-def check(ok, name, detail=""):
-    global passed, failed
-    if ok:
-        passed += 1
-    else:
-        failed += 1
-        print(f"FAILED {name}" + (f": {detail}" if detail else ""), flush=True)
-    return ok
 
 
 def path(name, data=None):
@@ -302,5 +293,4 @@ for policy in "fastv", "lookm":
 test_compare()
 test_others()
 FOLDER.cleanup()
-print(f"{passed} passed, {failed} failed")
-sys.exit(failed != 0 or passed == 0)
+finish()

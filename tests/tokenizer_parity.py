@@ -23,22 +23,14 @@ sys.path.insert(0, os.path.join(HERE, "..", "export"))
 import flat
 import llava
 
+import counting
+from counting import check, finish
+
 CLI = os.path.join(os.environ.get("BUILD", os.path.join(HERE, "..", "build")), "tokenizer_cli")
 STORED = os.path.join(HERE, "tokenizer_strings.txt")
 N_STRINGS, N_STORED, N_DECODE = 20000, 300, 4000
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6     # tokenizer.h
 
-n_passed = n_failed = 0
-
-
-def check(ok, *what):
-    global n_passed, n_failed
-    if ok:
-        n_passed += 1
-    else:
-        n_failed += 1
-        if n_failed <= 20:
-            print("FAILED", *what)
 
 
 # -----------------------------------------------------------------------------
@@ -192,12 +184,12 @@ def compare(name, pieces, n, alphabet=None, original=None):
         ids = random_ids(rng, pieces)
         requests.append((b"d", ids))
         want.append(with_prefix.decode(ids).encode())
-    before = n_failed
+    before = counting.failed
     with tempfile.TemporaryDirectory() as folder:
         model_bin(os.path.join(folder, "vocabulary.bin"), pieces)
         for (op, x), w, got in zip(requests, want, run(os.path.join(folder, "vocabulary.bin"), requests)):
             check(got == w, f"{name}: {op.decode()} {x!r:.300}: got {got!r:.300}, the library has {w!r:.300}")
-    print(f"{name}: {len(pieces)} pieces, {len(texts)} strings, {len(requests)} comparisons, {n_failed - before} differ")
+    print(f"{name}: {len(pieces)} pieces, {len(texts)} strings, {len(requests)} comparisons, {counting.failed - before} differ")
 
 
 # -----------------------------------------------------------------------------
@@ -310,8 +302,7 @@ def main():
         compare(path + ", equal scores", equal_scores(pieces), 5000)
         if hashlib.sha256(data).hexdigest() == LLAMA:
             goldens(pieces)
-    print(f"{n_passed} passed, {n_failed} failed")
-    sys.exit(n_failed != 0 or n_passed == 0)
+    finish()
 
 
 if __name__ == "__main__":
