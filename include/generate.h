@@ -42,7 +42,9 @@ static inline int sample(Sampler *s, float *logits, int n, const uint8_t *seen, 
         for (int i = 0; i < n; i++)
             if (seen[i]) logits[i] = (float)(logits[i] < 0 ? logits[i] * s->penalty : logits[i] / s->penalty);
     int best = 0;
-    for (int i = 1; i < n; i++) if (logits[i] > logits[best]) best = i;
+    bool broken = false;
+    for (int i = 0; i < n; i++) { broken |= isnan(logits[i]); if (logits[i] > logits[best]) best = i; }
+    if (broken) die("export the model again; if its numbers overflow, with --type f32 or bf16", "the model's logits are no numbers (NaN)");
     if (s->temperature == 0) return best;
     for (int i = 0; i < n; i++) c[i] = (Candidate){ logits[i], i };
     if (s->top_k || s->top_p < 1) {

@@ -271,9 +271,17 @@ static inline void plan_grow(Runs *r, size_t n) {
     r->p_into = need(n, sizeof(int)); r->p_w = need(n, sizeof(float));
 }
 
+// What is no number (a model that overflows) ranks last, so that budgets hold all the same.
+static inline void rank_last(float *score, size_t n) {
+    for (size_t i = 0; i < n; i++) if (isnan(score[i])) score[i] = -INFINITY;
+}
+
 // The cache's positions and votes, under the heads of a sequence.
 static inline void plan_scores(Runs *r, Run *q) {
+    size_t n = 0;
     K->kv_read(r->kv, (int)(q - r->seq), r->p_pos, NULL, r->p_score, NULL, NULL);
+    for (int i = 0; i < n_heads_of(r); i++) n += q->head[i].len;
+    rank_last(r->p_score, n);
     for (int i = 0; i < n_heads_of(r); i++) {
         q->head[i].pos = r->p_pos + (q->head[i].keep - r->p_keep);
         q->head[i].score = r->p_score + (q->head[i].keep - r->p_keep);
@@ -358,6 +366,7 @@ static void run_votes(Run *q, int layer, int n, float *out) {
     while (r->h_seq[at] != seq) at++;                                        // this sequence's rows of the pass
     Rows rows = { .T = r->decode ? 1 : r->rows.T, .B = 1, .id = r->rows.id + at, .seq = r->rows.seq + at, .pos = r->rows.pos + at, .rot = r->rows.rot + at };
     K->kv_column_sums(r->sums, r->kv, layer, r->qkv + (size_t)at * width, r->lse + (size_t)at * r->n_heads, &rows, r->n_heads, visible(r), n < rows.T ? n : rows.T);
+    rank_last(r->sums, len);
     memset(out, 0, q->n_seen * sizeof *out);
     if (len == q->n_seen) memcpy(out, r->sums, len * sizeof *out);
     else if (r->prompt) for (int j = 0; j < len; j++) out[r->h_pos[j]] = r->sums[j];

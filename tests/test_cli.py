@@ -708,6 +708,8 @@ def test_model_files():
     for name in ("norm_eps", "rope_theta", "vision_eps", "image_mean_0", "image_std_2"):
         for v in (math.nan, math.inf, -1e30):
             damaged(f"{name} {v}", (FIELDS[name][0] + 48, "d", v), says=name)
+    at, size = struct.unpack_from("<2Q", BYTES, entry("norm") + 80)
+    damaged("weights that are no numbers", (at, b"\xff" * size), says="NaN")
     damaged("a field twice", (FIELDS["n_layers"][0], b"n_heads\0\0"), says="n_heads")
     damaged("a field of the wrong kind", (FIELDS["n_layers"][0] + 40, "I", 1), says="n_layers")
     damaged("a field of no kind", (FIELDS["n_layers"][0] + 40, "I", 7))
