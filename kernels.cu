@@ -20,6 +20,7 @@ extern "C" {
 }
 
 static cudaStream_t stream;          // everything happens on one stream, in order
+static int n_multiprocessors = 1;
 static uint64_t generation = 1;      // counts what a recorded graph relies on: memory that moved, room that grew
 
 #define CHECK(call) do { cudaError_t e_ = (call); \
@@ -31,6 +32,8 @@ static uint64_t generation = 1;      // counts what a recorded graph relies on: 
 
 #ifdef __CUDACC__
 #define UNROLL _Pragma("unroll")
+#define TEXT_OF(...) #__VA_ARGS__
+#define UNROLL_BY(n) _Pragma(TEXT_OF(unroll (n)))
 #define LAUNCH(kernel, grid, block, shared, ...) do { (kernel)<<<grid, block, shared, stream>>>(__VA_ARGS__); CHECK(cudaGetLastError()); } while (0)
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
 
@@ -516,7 +519,7 @@ template <int W, int TILE_M, int TILE_N> __global__ void __launch_bounds__(256) 
     int q_row = min(o0 + tid / 2, p.rows - 1);
     auto load = [&](int tile) {
         char *s = shared + tile % STAGES * STAGE;
-        for (int i = tid; i < TILE_M * 4; i += 256) {
+        UNROLL_BY(TILE_M % 64 ? 1 : 4) for (int i = tid; i < TILE_M * 4; i += 256) {      // 96 rows: the odd half turn, unrolled, costs registers
             int r = i / 4, c = i % 4, valid = t0 + r < p.T ? 16 : 0;
             size_t from = (size_t)min(t0 + r, p.T - 1) * K + tile * TILE_K + c * 8;
             cp_async16(s + chunk_at(r, c), hi + from, valid);
@@ -602,6 +605,17 @@ template <int W, int TILE_M, int TILE_N> static void tiles(const Product &p, con
     LAUNCH((tile_kernel<W, TILE_M, TILE_N>), dim3(ceil_div(p.T, TILE_M), ceil_div(p.rows, TILE_N)), 256, bytes, p, hi, lo, row_scale, K);
 }
 
+// A multiprocessor holds one block of the large tiles, so a grid runs in rounds of n_multiprocessors blocks, and the last round is
+// seldom full. Lower tiles are taken where their rounds are shorter in all: 620 rows, 4,096 outputs, 132 multiprocessors:
+// 80 tiles of 128 rows are one round, and so are 112 tiles of 96.
+template <int W> static void many_rows(const Product &p, const uint16_t *hi, const uint16_t *lo, const float *row_scale, int K) {
+    auto height = [&](int tile_m) { return tile_m * ceil_div(ceil_div(p.T, tile_m) * ceil_div(p.rows, 256), n_multiprocessors); };
+    if (p.T <= 64)                       tiles<W, 64, 128>(p, hi, lo, row_scale, K);
+    else if constexpr (W == Q8_0)        tiles<W, 128, 128>(p, hi, lo, row_scale, K);
+    else if (height(96) < height(128))   tiles<W, 96, 256>(p, hi, lo, row_scale, K);
+    else                                 tiles<W, 128, 256>(p, hi, lo, row_scale, K);
+}
+
 static void matmul(float *y, const float *x, Mat w, const float *bias, Act act, bool add, int T) {
     Product p = { y, x, (const char *)w.data, w.scale, w.row_bytes, scale_row_bytes(w.cols), bias, act, T, w.rows, w.cols, w.cols, add };
     if (T < 1) return;
@@ -611,9 +625,9 @@ static void matmul(float *y, const float *x, Mat w, const float *bias, Act act, 
     uint16_t *hi = (uint16_t *)scratch(S_SPLIT, (size_t)T * K * 4), *lo = hi + (size_t)T * K;
     float *row_scale = (float *)scratch(S_ROW_SCALE, T * sizeof(float));
     LAUNCH(split_kernel, T, 256, 0, (uint32_t *)hi, (uint32_t *)lo, row_scale, x, w.cols, K, w.type == BF16);
-    if (w.type == F16)  { if (T <= 64) tiles<F16, 64, 128>(p, hi, lo, row_scale, K);  else tiles<F16, 128, 256>(p, hi, lo, row_scale, K); }
-    if (w.type == BF16) { if (T <= 64) tiles<BF16, 64, 128>(p, hi, lo, row_scale, K); else tiles<BF16, 128, 256>(p, hi, lo, row_scale, K); }
-    if (w.type == Q8_0) { if (T <= 64) tiles<Q8_0, 64, 128>(p, hi, lo, row_scale, K); else tiles<Q8_0, 128, 128>(p, hi, lo, row_scale, K); }
+    if (w.type == F16)  many_rows<F16>(p, hi, lo, row_scale, K);
+    if (w.type == BF16) many_rows<BF16>(p, hi, lo, row_scale, K);
+    if (w.type == Q8_0) many_rows<Q8_0>(p, hi, lo, row_scale, K);
 }
 
 // ----------------------------------------------------------------------------
@@ -1909,6 +1923,7 @@ extern "C" const Kernels *cuda(void) {
         fprintf(stderr, "cuda: %s (compute capability %d.%d): %s\n", about.name, about.major, about.minor, cudaGetErrorString(e));
         return NULL;
     }
+    n_multiprocessors = about.multiProcessorCount;
     ready = true;
     return &table;
 }

@@ -62,6 +62,7 @@
 #define __shared__ static          // one block runs at a time, so one copy is enough
 #define __align__(n) alignas(n)
 #define UNROLL
+#define UNROLL_BY(n)
 
 struct dim3 { unsigned x, y, z; dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {} };
 struct alignas(8) float2 { float x, y; };
