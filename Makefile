@@ -23,7 +23,8 @@ PYTHON  ?= python3
 ifeq ($(CUDA),1)
 OBJ     += $(BUILD)/kernels_cuda.o
 C       += -DHAVE_CUDA
-CUDALIB := -L$(or $(CUDA_HOME),/usr/local/cuda)/lib64 -lcudart -lstdc++
+CUDA_HOME ?= $(firstword $(patsubst %/lib64/libcudart.so,%,$(wildcard $(addsuffix /lib64/libcudart.so,$(abspath $(dir $(realpath $(NVCC)))..) /usr/local/cuda))) /usr/local/cuda)
+CUDALIB := -L$(CUDA_HOME)/lib64 -lcudart -lstdc++
 endif
 
 all: llava                                  ## ./llava (CUDA=0|1 forces the CUDA back-end off or on)

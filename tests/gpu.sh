@@ -3,7 +3,8 @@
 # Builds here, runs the kernel tests on the card, compute-sanitizer on a few of them, the small model that ships on both
 # back-ends for every policy and through the command line, then the speed of LLaVA-7B and 13B shapes with random weights, and
 # PyTorch and transformers beside it where they are installed. Prints all of it and writes bench/DATE-CARD.md.
-# Needs nvcc, a C compiler with OpenMP, make, stb_image.h (STB_DIR) and a card of compute capability 8.0 or more.
+# Needs nvcc, a C compiler with OpenMP, make and a card of compute capability 8.0 or more; for what reads pictures (the small
+# model's tests, not the speed) stb_image.h too, in STB_DIR or where the Makefile looks.
 #
 #     GPU_SH_QUICK=1 sh tests/gpu.sh     leaves the speed out
 #     GPU_SH_DRY=1 sh tests/gpu.sh       without a card: the emulator in its place, toy sizes, the report in build/. Its numbers mean
@@ -56,8 +57,7 @@ if [ -n "$dry" ]; then
     test_pid=$!
     $emulate -include tests/cuda_on_cpu.h -x c++ tests/gpu_bench.cu -o "$BUILD/gpu_bench" >"$BUILD/gpu_bench.log" 2>&1 &
     bench_pid=$!
-    programs="$BUILD/cuda_scenes $BUILD/llava_emulated $BUILD/gpu_model_emulated"
-    make -j2 BUILD="$BUILD" CUDA=0 $programs >"$BUILD/make.log" 2>&1 &
+    make -k -j2 BUILD="$BUILD" CUDA=0 "$BUILD/gpu_model_emulated" "$BUILD/cuda_scenes" "$BUILD/llava_emulated" >"$BUILD/make.log" 2>&1 &
     make_pid=$!
     scenes="$BUILD/cuda_scenes full elastic" model=$BUILD/gpu_model_emulated llava=$BUILD/llava_emulated cases= sizes=dry
 else
@@ -65,8 +65,8 @@ else
     test_pid=$!
     "$NVCC" -O3 -Iinclude -arch=native tests/gpu_bench.cu -o "$BUILD/gpu_bench" >"$BUILD/gpu_bench.log" 2>&1 &
     bench_pid=$!
-    programs="$BUILD/gpu_scenes $BUILD/llava $BUILD/gpu_model"
-    make -j4 BUILD="$BUILD" CUDA=1 NVCC="$NVCC" ARCH=native CUDA_HOME="${CUDA_HOME:-$(dirname "$(dirname "$(readlink -f "$NVCC")")")}" $programs >"$BUILD/make.log" 2>&1 &
+    make -k -j4 BUILD="$BUILD" CUDA=1 NVCC="$NVCC" ARCH=native \
+        "$BUILD/gpu_model" "$BUILD/gpu_scenes" "$BUILD/llava" >"$BUILD/make.log" 2>&1 &
     make_pid=$!
     scenes=$BUILD/gpu_scenes model=$BUILD/gpu_model llava=$BUILD/llava cases=all sizes="7B 13B"
 fi
@@ -140,6 +140,7 @@ if [ -x "$sanitizer" ] && [ -z "$dry" ]; then
         for part in again graph; do
             at_most 30 "$sanitizer" --tool $tool --error-exitcode 9 "$BUILD/test_cuda" $part >"$BUILD/$tool-$part.log" 2>&1
             status=$?
+            if grep -q "Device not supported" "$BUILD/$tool-$part.log"; then say "- compute-sanitizer $tool: cannot be run on this machine"; break; fi
             verdict $status "compute-sanitizer $tool, test \"$part\""
             [ $status = 0 ] || tail -n 15 "$BUILD/$tool-$part.log"
         done

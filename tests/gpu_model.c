@@ -8,6 +8,19 @@
 // end when the cache has its new size.
 
 #define NO_MAIN
+// No picture is read here, so that stb_image.h, which machines that are lent with a GPU seldom have, is not needed.
+#define IMAGE_H
+#include <errno.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <string.h>
+#include "error.h"
+enum { IMAGE_CROP, IMAGE_PAD };
+typedef struct { int w, h; uint8_t *rgb; } Image;
+static Image image_load(const char *path) { die(NULL, "%s: no picture is read here", path); }
+static Image image_square(Image in, int size, int mode) { (void)size; (void)mode; return in; }
+static void image_normalize(float *out, Image in, const float *mean, const float *std) { (void)out; (void)in; (void)mean; (void)std; }
+static void image_patches(float *out, const float *chw, int size, int patch) { (void)out; (void)chw; (void)size; (void)patch; }
 #include "../llava.c"
 
 #ifdef EMULATED
