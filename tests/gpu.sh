@@ -13,6 +13,7 @@
 cd "$(dirname "$0")/.." || exit 1
 NVCC=${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
 PYTHON=${PYTHON:-python3}
+ARCH=${ARCH:-native}
 BUILD=${BUILD:-build/gpu}
 dry=$GPU_SH_DRY
 export OMP_WAIT_POLICY=passive
@@ -61,11 +62,11 @@ if [ -n "$dry" ]; then
     make_pid=$!
     scenes="$BUILD/cuda_scenes full elastic" model=$BUILD/gpu_model_emulated llava=$BUILD/llava_emulated cases= sizes=dry
 else
-    "$NVCC" -O3 -Iinclude -arch=native -x cu tests/test_cuda.cpp -o "$BUILD/test_cuda" >"$BUILD/test_cuda.log" 2>&1 &
+    "$NVCC" -O3 -Iinclude -arch=$ARCH -x cu tests/test_cuda.cpp -o "$BUILD/test_cuda" >"$BUILD/test_cuda.log" 2>&1 &
     test_pid=$!
-    "$NVCC" -O3 -Iinclude -arch=native tests/gpu_bench.cu -o "$BUILD/gpu_bench" >"$BUILD/gpu_bench.log" 2>&1 &
+    "$NVCC" -O3 -Iinclude -arch=$ARCH tests/gpu_bench.cu -o "$BUILD/gpu_bench" >"$BUILD/gpu_bench.log" 2>&1 &
     bench_pid=$!
-    make -k -j4 BUILD="$BUILD" CUDA=1 NVCC="$NVCC" ARCH=native \
+    make -k -j4 BUILD="$BUILD" CUDA=1 NVCC="$NVCC" ARCH="$ARCH" \
         "$BUILD/gpu_model" "$BUILD/gpu_scenes" "$BUILD/llava" >"$BUILD/make.log" 2>&1 &
     make_pid=$!
     scenes=$BUILD/gpu_scenes model=$BUILD/gpu_model llava=$BUILD/llava cases=all sizes="7B 13B"
@@ -75,7 +76,7 @@ say ""
 wait $test_pid
 status=$?
 verdict $status "kernel tests build"
-[ $status = 0 ] || cat "$BUILD/test_cuda.log"
+[ $status = 0 ] || tail -n 20 "$BUILD/test_cuda.log"
 
 # ----------------------------------------------------------------------------
 # the kernel tests
@@ -108,7 +109,7 @@ say ""
 
 say "## Speed"
 say ""
-wait $bench_pid || { verdict 1 "the benchmark builds"; cat "$BUILD/gpu_bench.log"; }
+wait $bench_pid || { verdict 1 "the benchmark builds"; tail -n 20 "$BUILD/gpu_bench.log"; }
 rate=dry
 [ -n "$dry" ] || rate=$(at_most 60 "$PYTHON" tests/gpu_peer.py matmul 2>/dev/null || echo 0)
 report() {                                               # report SECONDS WHAT COMMAND…: its tables, and whether it ended
