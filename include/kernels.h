@@ -3,7 +3,7 @@
 //
 // Pointers are BACK-END memory (host memory for the CPU, device memory for CUDA) unless their name starts with `h_`:
 // those are host memory and are the only data that crosses. All activations are float, row-major, one row a token.
-// A row's bits do not depend on how many rows stand beside it: the order of every sum is fixed.
+// A row's bits do not depend on the rows beside it, nor on how many they are up to a point (matmul): the order of sums is fixed.
 // Errors of the machine (no memory, a CUDA call that failed) end the program with `error: what: why`.
 
 #ifndef KERNELS_H
@@ -92,8 +92,8 @@ typedef struct {
     //
     // y: (T, w.rows)   x: (T, w.cols)   bias: (w.rows,) or NULL
     // gelu(u) = u (1 + erf(u / sqrt 2)) / 2        quick_gelu(u) = u / (1 + exp(-1.702 u))
-    // Reads every weight once a pass for few rows; tiled for many. The CPU's cut is at 64 rows: the sums of both ways differ in
-    // their order, so that a row has the same bits beside up to 63 others, and the same again beside 64 and more.
+    // Reads every weight once a pass for few rows; tiled for many: from 64 rows on the CPU, from 17 on CUDA. The sums of both ways
+    // differ in their order, so that a row has the same bits beside any others below that cut, and the same again from there on.
     void (*matmul)(float *y, const float *x, Mat w, const float *bias, Act act, bool add, int T);
 
     // ------------------------------------------------------------------------

@@ -5,11 +5,17 @@
 
 cd "$(dirname "$0")/.." || exit 1
 NVCC=${NVCC:-nvcc}
-log=$(mktemp) && object=$(mktemp) || exit 1
-trap 'rm -f "$log" "$object"' EXIT
+folder=$(mktemp -d) || exit 1
+trap 'rm -rf "$folder"' EXIT
 status=0
-for arch in "${@:-sm_80}"; do
-    "$NVCC" -O3 -Iinclude -arch="$arch" -Xptxas -v -c kernels.cu -o "$object" >"$log" 2>&1 || { cat "$log"; exit 1; }
+[ $# -gt 0 ] || set -- sm_80
+for arch; do
+    { "$NVCC" -O3 -Iinclude -arch="$arch" -Xptxas -v -c kernels.cu -o "$folder/$arch.o" >"$folder/$arch" 2>&1 || touch "$folder/$arch.failed"; } &
+done
+wait
+for arch; do
+    log=$folder/$arch
+    if [ -f "$log.failed" ]; then cat "$log"; status=1; continue; fi
     if grep -i 'warning' "$log"; then echo "FAILED: $arch: warnings"; status=1; fi
     awk -v arch="$arch" '
         /Compiling entry function/ { name = $0; sub(/.*function .([_A-Za-z0-9]*).*/, "", name); split($0, a, "\047"); name = a[2]; kernels++ }

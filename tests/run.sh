@@ -29,6 +29,7 @@ test|quick)
         case $t in
         */test_cuda) run "$t" $quick ;;
         */test_policies) run "$t" ${quick:+300} ;;
+        */test_scenes) [ $quick ] || run "$t" ;;                 # 90 s under sanitizers; test_cli runs every policy there too
         *) [ -x "$t" ] && [ -f "tests/$(basename "$t").c" ] && run "$t" ;;
         esac
     done
