@@ -92,7 +92,7 @@ typedef struct {
     //
     // y: (T, w.rows)   x: (T, w.cols)   bias: (w.rows,) or NULL
     // gelu(u) = u (1 + erf(u / sqrt 2)) / 2        quick_gelu(u) = u / (1 + exp(-1.702 u))
-    // Reads every weight once a pass for few rows; tiled for many: from 64 rows on the CPU, from 17 on CUDA. The sums of both ways
+    // Reads every weight once a pass for few rows; tiled for many: from 65 rows on the CPU, from 17 on CUDA. The sums of both ways
     // differ in their order, so that a row has the same bits beside any others below that cut, and the same again from there on.
     void (*matmul)(float *y, const float *x, Mat w, const float *bias, Act act, bool add, int T);
 
