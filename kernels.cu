@@ -140,7 +140,7 @@ static void *device_alloc(size_t bytes) {
 typedef struct { char *p, *host; size_t bytes; } Block;
 static Block *blocks;
 static int n_blocks, max_blocks;
-enum { MIRROR_BYTES = 1 << 20 };
+enum { MIRROR_BYTES = 4 << 20 };
 
 static Block *block_of(const void *p) {
     for (int i = 0; i < n_blocks; i++)
@@ -199,10 +199,17 @@ static void put(void *dst, const void *h_src, size_t bytes) {
     }
 }
 
-static void get(void *h_dst, const void *src, size_t bytes) {
+static void get(void *h_dst, const void *src, size_t bytes) {      // through such memory too: the device writes it faster
+    const size_t PIECE = 4 << 20;
+    static char *landing;
     if (recording) die(NULL, "get: not between record and stop");
-    CHECK(cudaMemcpyAsync(h_dst, src, bytes, cudaMemcpyDeviceToHost, stream));
-    CHECK(cudaStreamSynchronize(stream));
+    if (!landing) CHECK(cudaHostAlloc((void **)&landing, PIECE, cudaHostAllocDefault));
+    for (size_t at = 0, n; at < bytes; at += n) {
+        n = bytes - at < PIECE ? bytes - at : PIECE;
+        CHECK(cudaMemcpyAsync(landing, (const char *)src + at, n, cudaMemcpyDeviceToHost, stream));
+        CHECK(cudaStreamSynchronize(stream));
+        memcpy((char *)h_dst + at, landing, n);
+    }
 }
 
 static Mat weight(Type type, int rows, int cols, const void *mapped, const void *scale) {

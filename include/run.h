@@ -79,8 +79,9 @@ static inline Runs *runs_new(const Chain *chain, int n_layers, int n_heads, int 
                  .chain = chain, .slot_pos = slot_pos, .cos_sin = cos_sin, .embed = embed };
     r->kv = K->kv_new(n_layers, n_kv_heads, head_dim, n_seqs, kv_type);
     size_t rows = ctx > n_seqs ? ctx : n_seqs;
-    r->rows = (Rows){ .id = K->alloc(rows * sizeof(int)), .seq = K->alloc(rows * sizeof(int)), .pos = K->alloc(rows * sizeof(int)), .rot = K->alloc(rows * sizeof(int)) };
-    r->h_id = need(rows, sizeof(int)); r->h_seq = need(rows, sizeof(int)); r->h_pos = need(rows, sizeof(int)); r->h_rot = need(rows, sizeof(int));
+    int *d = K->alloc(4 * rows * sizeof *d), *h = need(4 * rows, sizeof *h);      // one block, so that a pass is one copy
+    r->rows = (Rows){ .id = d, .seq = d + rows, .pos = d + 2 * rows, .rot = d + 3 * rows };
+    r->h_id = h; r->h_seq = h + rows; r->h_pos = h + 2 * rows; r->h_rot = h + 3 * rows;
     r->h_row = need(rows, sizeof(int)); r->row_keep = need(rows, 1); r->sums = need(ctx, sizeof(float));
     r->layer_rows = need(n_layers, sizeof(int));
     r->h_slot = need(n_heads_of(r), sizeof(int));
@@ -100,9 +101,9 @@ static inline Runs *runs_new(const Chain *chain, int n_layers, int n_heads, int 
 
 static inline void runs_free(Runs *r) {
     K->kv_free(r->kv);
-    K->release(r->rows.id); K->release(r->rows.seq); K->release(r->rows.pos); K->release(r->rows.rot);
+    K->release(r->rows.id);
     for (int s = 0; s < r->n_seqs; s++) { free(r->kind[s]); free(r->visible[s]); free(r->seq[s].head); free(r->seq[s].mem); }
-    void *all[] = { r->h_id, r->h_seq, r->h_pos, r->h_rot, r->h_row, r->row_keep, r->sums, r->layer_rows, r->h_slot, r->seq, r->kind,
+    void *all[] = { r->h_id, r->h_row, r->row_keep, r->sums, r->layer_rows, r->h_slot, r->seq, r->kind,
                     r->visible, r->p_pos, r->p_into, r->p_score, r->p_w, r->p_keep, r->text_id, r };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
@@ -127,9 +128,7 @@ static inline void runs_copy(Runs *r, int to, int from) {
 }
 
 static inline void rows_upload(Runs *r) {
-    size_t n = r->rows.T * sizeof(int);
-    K->put(r->rows.id, r->h_id, n); K->put(r->rows.seq, r->h_seq, n);
-    K->put(r->rows.pos, r->h_pos, n); K->put(r->rows.rot, r->h_rot, n);
+    K->put(r->rows.id, r->h_id, (r->h_rot + r->rows.T - r->h_id) * sizeof(int));
 }
 
 // The rotary position of the row that enters a sequence next: its index, or the slots in layer 0's cache.

@@ -78,8 +78,10 @@ static double gap(const Kept *before, const Kept *a, const Kept *b, int n_heads)
 }
 
 int main(int argc, char **argv) {
-    static const char *const all[] = { "full", "random", "random:rows", "stride", "streaming", "streaming:released", "h2o", "h2o:lookm", "roco", "snapkv", "snapkv:lookm",
-        "elastic", "elastic:released", "prefixkv:online", "lookm", "lookm:merge=weighted", "lookm:released", "fastv", "fastv:mask", "simignore", "fastv:k=2,r=0.5+h2o:r=0.4" };
+    static const char *const all[] = {
+        "full", "random", "random:rows", "stride", "stride:rows", "streaming", "streaming:released", "h2o", "h2o:released", "h2o:lookm", "roco",
+        "snapkv", "snapkv:lookm", "elastic", "elastic:released", "prefixkv:online", "lookm", "lookm:merge=weighted", "lookm:released",
+        "fastv", "fastv:lmms", "fastv:mask", "simignore", "fastv:k=2,r=0.5+h2o:r=0.4" };
     static const char *const images[] = { "models/scenes/1000.png", "models/scenes/1003.png" };
     const char *text = "Describe the image in detail.", *answer = "A small brown cross and a large red square";
     const Kernels *back_end[2] = { &cpu, cuda() };
