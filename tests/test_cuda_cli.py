@@ -262,7 +262,7 @@ many("pad", A, "--image-mode", "pad", "-n", 3, "--logits", "logits")
 many("nothing stays", A, "-p", "random:what=all", "-r", 1, "-s", 1, "-n", 3, status=1)
 
 wanted = FEW + MANY if ONLY == ["all"] else [c for c in FEW + MANY if c[0] in ONLY] if ONLY else FEW
-with ThreadPoolExecutor(2) as pool:
+with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
     list(pool.map(lambda c: both(c[0], *c[1], **c[2]), wanted))
 if not ONLY or ONLY == ["all"]:                     # without -b and --kv it is CUDA with f16; a device that is not there has a name
     r = subprocess.run([PROGRAM, MODEL, "-i", "Hello", "-n", "1", "-v"], capture_output=True, env=ENV)
