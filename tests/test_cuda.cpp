@@ -192,7 +192,9 @@ static void test_matmul() {
             if (!quick) matmul_case(type, T, 65, wide, ACT_NONE, false, true, 1);
             if (T == 17 || T == 65) matmul_case(type, T, 265, odd, ACT_NONE, true, true, 1);      // more outputs than a tile has
         }
-        for (int T : { 1, 3, 16, 128 }) if (!quick || T < 4) matmul_case(type, T, T > FEW ? 128 : 40, 4096, ACT_NONE, false, false, 1);
+        n_multiprocessors = 1;           // a tile of 96 and one of 128 at a real inner dimension
+        for (int T : { 1, 3, 16, 96, 128 }) if (!quick || T < 4) matmul_case(type, T, T > FEW ? 128 : 40, 4096, ACT_NONE, false, false, 1);
+        n_multiprocessors = 2;
         for (double size : { 1e-5, 3e4 }) matmul_case(type, 17, 33, odd, ACT_NONE, false, false, size);      // f16 ends at 65504
         matmul_case(type, 17, 33, odd, ACT_NONE, false, false, 1e7);
 
