@@ -271,7 +271,7 @@ static void control(Run *r, bool strided) {
         int n = 0;
         for (int j = 0; j < c->len; j++) {
             n += among[j] = all || r->kind[c->pos[j]] == IMAGE;
-            c->score[j] = lot(r->seed, c->pos[j]);
+            if (!strided) c->score[j] = lot(r->seed, c->pos[j]);
         }
         int m = all ? n - over_budget(n, n, r->ratio) : (int)rint(n * (1.0 - r->ratio));
         if (strided) keep_stride(c->keep, among, c->len, n, m);
