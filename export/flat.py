@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import struct
+import sys
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -30,6 +31,16 @@ NUMPY = {F32: np.dtype("<f4"), F16: np.dtype("<f2"), BF16: np.dtype("<u2"), Q8_0
 STORED = {"F32": F32, "F16": F16, "BF16": BF16}     # what a checkpoint may hold, in safetensors' words
 BLOCK = 32                                  # inputs that share one q8_0 scale
 CHUNK = 1 << 20                             # weights converted at a time
+
+
+stopped = 0                                 # the status to end with, once a signal has asked for it
+
+
+def stop(number, _frame):
+    """A signal's handler. write() looks at `stopped` too: Python drops what is raised while one of its own callbacks runs."""
+    global stopped
+    stopped = 128 + number
+    sys.exit(stopped)
 
 
 class ExportError(Exception):
@@ -300,6 +311,8 @@ def write(path, arch, fields, tokenizer, tensors):
                 n_rows, scales = 0, []
                 for part in t.parts:
                     for x, scale in part.rows(t.kind, t.cols):
+                        if stopped:
+                            sys.exit(stopped)
                         bar.update(f.write(padded(x)))
                         n_rows += len(x)
                         if scale is not None:
@@ -308,6 +321,8 @@ def write(path, arch, fields, tokenizer, tensors):
                     bar.update(f.write(scale))
                 assert n_rows == t.rows, f"{t.name}: {n_rows} rows came, {t.rows} were announced"
             assert f.tell() == size, f"{f.tell()} bytes were written, {size} announced"
+        if stopped:
+            sys.exit(stopped)
         os.replace(unfinished, path)
     except OSError as e:
         raise ExportError(f"{unfinished}: {e.strerror or e}", "check the folder's permissions and free space")

@@ -627,10 +627,10 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # so that an unfinished file is removed then too
+    for number in signal.SIGINT, signal.SIGTERM:
+        if signal.getsignal(number) != signal.SIG_IGN:          # nohup and a shell's background jobs ignore Ctrl-C, and go on doing so
+            signal.signal(number, flat.stop)
     try:
         main(sys.argv[1:])
     except ExportError as e:
         sys.exit(f"error: {e}" + (f"\nhint:  {e.hint}" if e.hint else ""))
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -476,6 +476,15 @@ def test_writing(tmp):
             check("No space left" in str(e), f"{error!r} is reported")
         check(bytes_of(out) == before and not leftovers(tmp), f"{error!r}: the old file stays, the new one goes")
 
+    for parts in [Stop(0)], []:                      # a signal whose exception Python dropped: noticed before the next piece, or at the end
+        flat.stopped = 130
+        try:
+            flat.write(out, "llava", {}, b"", [flat.Tensor("x", flat.F32, len(parts), 40, parts)])
+            check(False, "a dropped exception stops the export")
+        except SystemExit as e:
+            check(e.code == 130 and bytes_of(out) == before and not leftovers(tmp), "a dropped exception stops the export")
+        flat.stopped = 0
+
     program = [sys.executable, os.path.join(EXPORT, "llava.py")]
     p = subprocess.run([*program, f"{tmp}/none", out], capture_output=True, text=True)
     check(p.returncode == 1 and p.stderr.startswith(f"error: {tmp}/none: ") and "hint:" in p.stderr and not p.stdout, f"the program's error: {p}")
