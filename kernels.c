@@ -7,7 +7,7 @@
 //   attend_row: a decode step's query against its cache                                                   -> by memory
 //
 // Each operation is one parallel region at most, its work claimed in pieces. Set OMP_WAIT_POLICY=passive (before the program
-// starts): GNU's threads spin at the end of a region, and beside any other program that takes half of decoding's speed.
+// starts): GNU's threads spin at the end of a region, and beside any other program that costs decoding much of its speed.
 
 #include <math.h>
 #include <string.h>

@@ -8,7 +8,7 @@
 #
 #     GPU_SH_QUICK=1 sh tests/gpu.sh     leaves the speed out
 #     GPU_SH_DRY=1 sh tests/gpu.sh       without a card: the emulator in its place, toy sizes, the report in build/. Its numbers mean
-#                                        nothing, but this script, which is paid for by the minute, is known to reach its end
+#                                        nothing, but this script, which seldom meets its machine, is known to reach its end
 
 cd "$(dirname "$0")/.." || exit 1
 NVCC=${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}

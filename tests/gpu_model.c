@@ -8,7 +8,7 @@
 // end when the cache has its new size.
 
 #define NO_MAIN
-// No picture is read here, so that stb_image.h, which machines that are lent with a GPU seldom have, is not needed.
+// No picture is read here, so stb_image.h, which a bare machine with a GPU does not have, is not needed: these stand in for image.h.
 #define IMAGE_H
 #include <errno.h>
 #include <stdbool.h>
@@ -55,7 +55,7 @@ static void make_random(size_t n) {
     for (size_t i = 0; i < n; i++) {
         uint32_t x = (uint32_t)i * 2654435761u;
         x ^= x >> 16; x *= 0x85ebca6bu; x ^= x >> 13; x *= 0xc2b2ae35u; x ^= x >> 16;
-        h_random[i] = (uint16_t)((x & 0x8000) | (0x2000 + (x & 0x7fff) % 0x600));     // sign, and 2^-7 to 2^-6.5: about 1 / sqrt(cols)
+        h_random[i] = (uint16_t)((x & 0x8000) | (0x2000 + (x & 0x7fff) % 0x600));     // sign, and 2^-7 to 1.5 * 2^-6: about 1 / sqrt(cols)
     }
     h_ones = need(1 << 16, sizeof *h_ones);
     for (int i = 0; i < 1 << 16; i++) h_ones[i] = 1;

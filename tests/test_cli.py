@@ -710,6 +710,11 @@ def test_model_files():
             damaged(f"{name} {v}", (FIELDS[name][0] + 48, "d", v), says=name)
     at, size = struct.unpack_from("<2Q", BYTES, entry("norm") + 80)
     damaged("weights that are no numbers", (at, b"\xff" * size), says="NaN")
+    at, size = struct.unpack_from("<2Q", BYTES, entry("layers.0.w2") + 80)
+    os.pwrite(fd, b"\xff" * size, at)                        # from layer 1 on no score is a number: budgets hold all the same
+    for policy in "h2o", "snapkv", "elastic", "prefixkv", "lookm", "streaming", "fastv:k=1", "h2o:released", "h2o:lookm":
+        works(f"scores that are no numbers: {policy}", PICTURE, "-p", policy, "-r", "0.6", "--force-ids", path("ids", b"5 6 7 8 9"), model=copy)
+    os.pwrite(fd, BYTES[at:at + size], at)
     damaged("a field twice", (FIELDS["n_layers"][0], b"n_heads\0\0"), says="n_heads")
     damaged("a field of the wrong kind", (FIELDS["n_layers"][0] + 40, "I", 1), says="n_layers")
     damaged("a field of no kind", (FIELDS["n_layers"][0] + 40, "I", 7))
